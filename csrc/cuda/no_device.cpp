@@ -1,0 +1,21 @@
+// The device interface of a build without CUDA.
+#include "cuda/device.h"
+
+namespace dive::cuda {
+namespace {
+
+Status not_built() { return {false, "this build holds no CUDA code: no working nvcc was found when it was compiled"}; }
+
+}  // namespace
+
+bool built() { return false; }
+
+std::vector<std::string> built_archs() { return {}; }
+
+Versions versions() { return {.status = not_built()}; }
+
+DeviceList devices() { return {.status = not_built(), .devices = {}}; }
+
+ProbeResult probe(int) { return {.status = not_built()}; }
+
+}  // namespace dive::cuda
