@@ -1,0 +1,203 @@
+"""The PEFT tuner: puts a `DiveLayer` into every steered decoder layer and tells it which positions to steer."""
+
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from dive_fast.errors import InputError
+from dive_fast.models.spec import DECODER_SPECS, decoder_of, spec_of, text_config_of
+from dive_fast.steering.config import DiveConfig
+from dive_fast.steering.layer import DiveLayer
+from dive_fast.steering.positions import (
+    STEERING_KWARG,
+    Generation,
+    SteeringCall,
+    response_positions_from_labels,
+    steering_masks,
+)
+
+# Without the tuner's prefix "dive_", by which PEFT tells parameters from the modules that hold them.
+STEERING_NAME = "steering"
+
+
+class DiveModel(BaseTuner):
+    """Steers a frozen decoder; made by `peft.get_peft_model(base, DiveConfig(...))`.
+
+    Beyond the base model's own arguments, `forward` takes
+
+        response_positions: [B, T] bool, True where the next token belongs to the response. Without it the labels say
+            so; with neither, see `dive_fast.steering.positions.steering_masks`.
+        adapter_names: PEFT's list of one adapter name per batch row, "__base__" for none; in eval mode only.
+    """
+
+    prefix: str = "dive_"
+    tuner_layer_cls = DiveLayer
+    target_module_mapping: dict = {}
+
+    # Set for the length of one call; class attributes, because BaseTuner injects before __init__ is done.
+    _given_positions: torch.Tensor | None = None
+    _generation: Generation | None = None
+    _adapter_names: list[str] | None = None
+    _decoder_handles: tuple = ()
+
+    # -- injection -------------------------------------------------------------------------------------------------
+
+    def _check_new_adapter_config(self, config: DiveConfig) -> None:
+        super()._check_new_adapter_config(config)
+        text = text_config_of(self.model)
+        found = {
+            "hidden_size": text.hidden_size,
+            "num_hidden_layers": text.num_hidden_layers,
+            "base_model_type": text.model_type,
+        }
+        for name, value in found.items():
+            recorded = getattr(config, name)
+            if recorded is not None and recorded != value:
+                raise InputError(
+                    f"adapter: it was made for a base model with {name}={recorded}, this one has {value}; "
+                    "load the base model the adapter was trained on"
+                )
+        if (config.kind == "heads" or config.site != "block") and spec_of(self.model) is None:
+            what = "kind='heads'" if config.kind == "heads" else f"site={config.site!r}"
+            raise InputError(
+                f"{what}: known for the families {', '.join(DECODER_SPECS)}, not for {text.model_type!r}; "
+                "site='block' works on any decoder"
+            )
+        config.layer_indices(text.num_hidden_layers)
+        for name, value in found.items():
+            setattr(config, name, value)
+
+    def _prepare_adapter_config(self, peft_config: DiveConfig, model_config: dict) -> DiveConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: DiveConfig, model: nn.Module) -> None:
+        if not self._decoder_handles:
+            decoder = decoder_of(model)
+            self._decoder_handles = (
+                decoder.register_forward_pre_hook(self._begin_pass, with_kwargs=True),
+                decoder.register_forward_hook(self._end_pass, with_kwargs=True),
+            )
+
+    def _check_target_module_exists(self, peft_config: DiveConfig, key: str) -> bool:
+        layers = decoder_of(self.model).layers
+        wanted = {id(layers[i]) for i in peft_config.layer_indices(len(layers))}
+        return id(self.model.get_submodule(key)) in wanted
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        if not hasattr(target, STEERING_NAME):
+            text = text_config_of(self.model)
+            eps = getattr(text, "rms_norm_eps", 1e-6)
+            steering = DiveLayer(target, spec_of(self.model), text.hidden_size, eps)
+            steering.set_adapter(self.active_adapters)
+            target.add_module(STEERING_NAME, steering)
+        target.get_submodule(STEERING_NAME).update_layer(adapter_name, peft_config)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
+        if merge:
+            raise InputError(
+                "merge_and_unload: a push that depends on the hidden state cannot be merged into weights; "
+                "use unload() to get the base model back"
+            )
+        for layer in decoder_of(self.model).layers:
+            if hasattr(layer, STEERING_NAME):
+                layer.get_submodule(STEERING_NAME).remove_hooks()
+                delattr(layer, STEERING_NAME)
+        for handle in self._decoder_handles:
+            handle.remove()
+        self._decoder_handles = ()
+        del self.model.peft_config
+        return self.model
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args, response_positions: torch.Tensor | None = None, **kwargs):
+        if response_positions is None and kwargs.get("labels") is not None:
+            response_positions = response_positions_from_labels(kwargs["labels"])
+        before, self._given_positions = self._given_positions, response_positions
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self._given_positions = before
+
+    def generate(self, *args, **kwargs):
+        """The base model's `generate`, steered behind the prompt."""
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        prompt = kwargs.get("inputs_embeds") if prompt is None else prompt
+        if prompt is None:
+            raise InputError("generate: give the prompt as input_ids (or inputs_embeds)")
+        self._generation = Generation(prompt.shape[1], kwargs.get("attention_mask"))
+        try:
+            return self.model.generate(*args, **kwargs)
+        finally:
+            self._generation = None
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        names = kwargs.get("adapter_names")
+        if names is not None:
+            if self.training:
+                raise InputError("adapter_names: rows with different adapters are for inference; call model.eval()")
+            known = set(self.peft_config) | {"__base__"}
+            unknown = sorted(set(names) - known)
+            if unknown:
+                raise InputError(f"adapter_names: no adapter {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        self._adapter_names = None if names is None else list(names)
+        try:
+            yield
+        finally:
+            self._adapter_names = None
+
+    def _begin_pass(self, decoder, args, kwargs):
+        """In front of the decoder: work out the steered positions of this pass and send them along."""
+        acting = self._acting_adapters()
+        if not acting:
+            return None
+        tokens = kwargs.get("inputs_embeds")
+        tokens = kwargs.get("input_ids", args[0] if args else None) if tokens is None else tokens
+        cache = kwargs.get("past_key_values")
+        shape = (tokens.shape[0], tokens.shape[1])
+        masks = steering_masks(
+            {self.peft_config[name].scope for name in acting},
+            shape,
+            device=tokens.device,
+            past_length=0 if cache is None else int(cache.get_seq_length()),
+            attention_mask=kwargs.get("attention_mask"),
+            response_positions=self._given_positions,
+            generation=self._generation,
+        )
+        kwargs[STEERING_KWARG] = SteeringCall(masks, self._rows(shape[0], tokens.device))
+        return args, kwargs
+
+    def _end_pass(self, decoder, args, kwargs, output):
+        call = kwargs.get(STEERING_KWARG)
+        if call is not None and call.visits == 0:
+            raise InputError(
+                f"model: {type(decoder).__name__} does not hand keyword arguments on to its layers, so steering would "
+                "silently do nothing; this family is not supported"
+            )
+
+    def _acting_adapters(self) -> list[str]:
+        layers = decoder_of(self.model).layers
+        if all(
+            layer.get_submodule(STEERING_NAME).disable_adapters for layer in layers if hasattr(layer, STEERING_NAME)
+        ):
+            return []
+        names = self.active_adapters if self._adapter_names is None else sorted(set(self._adapter_names) - {"__base__"})
+        return [name for name in names if name in self.peft_config]
+
+    def _rows(self, batch: int, device) -> dict[str, torch.Tensor] | None:
+        if self._adapter_names is None:
+            return None
+        names = self._adapter_names
+        if batch % len(names):
+            raise InputError(f"adapter_names: expected one name per row ({batch}), got {len(names)}")
+        names = [name for name in names for _ in range(batch // len(names))]  # beams and n-best follow their row
+        return {
+            name: torch.tensor([i for i, other in enumerate(names) if other == name], device=device)
+            for name in dict.fromkeys(names)
+            if name != "__base__"
+        }
