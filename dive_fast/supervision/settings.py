@@ -1,0 +1,87 @@
+"""How the loss weighs tokens, and how much of the teacher it holds."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dive_fast.data.encoding import Response
+from dive_fast.data.record import Record
+from dive_fast.errors import InputError
+from dive_fast.supervision.lexicon import LexiconTagger
+from dive_fast.supervision.tagger import Tagger
+from dive_fast.supervision.weights import checked_spans, token_weights
+
+DISAGREEMENT = "disagreement"
+
+
+@dataclass
+class Supervision:
+    """The loss of decisive-token supervision (DIVE, arXiv 2605.27194)::
+
+        w_t = 1 + pathology_weight * [token t lies in a decisive span] + eos_weight * [token t is EOS]
+        L   = sum_t w_t CE_t / sum_t w_t + kl_weight * mean_t KL(q_t || p_t)
+              + align_weight * mean_{l,t} |h_lt - teacher h_lt|^2 / D
+
+    over response tokens. The last two terms exist only with a teacher.
+
+    Args:
+        pathology_weight, eos_weight: extra weights, >= 0; both 0 give plain cross-entropy.
+        tagger: "lexicon" (the built-in chest lexicon), the path of a lexicon in the same YAML form, "disagreement"
+            (the tokens on which teacher and zero-shot model differ most; needs a teacher), or a callable
+            `text -> [(start, end, class), ...]`.
+        kl_weight, align_weight: >= 0.
+        disagreement_fraction: share of a report's tokens that "disagreement" marks, in (0, 1].
+
+    Raises:
+        InputError: a weight that is negative or not a number, a fraction out of range, an unknown tagger.
+    """
+
+    pathology_weight: float = field(default=2.0, metadata={"help": "extra weight of tokens in decisive spans"})
+    eos_weight: float = field(default=4.0, metadata={"help": "extra weight of the end of sequence"})
+    tagger: str | Tagger = field(
+        default="lexicon", metadata={"help": "lexicon, disagreement, or the path of a lexicon in YAML"}
+    )
+    kl_weight: float = field(default=0.5, metadata={"help": "weight of KL(teacher || student)"})
+    align_weight: float = field(default=0.0, metadata={"help": "weight of the layer-wise alignment with the teacher"})
+    disagreement_fraction: float = field(default=0.2, metadata={"help": "share of tokens that disagreement marks"})
+
+    def __post_init__(self):
+        for name in ("pathology_weight", "eos_weight", "kl_weight", "align_weight"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise InputError(f"{name}: expected a number >= 0, got {value!r}")
+        if not 0 < self.disagreement_fraction <= 1:
+            raise InputError(f"disagreement_fraction: expected a number in (0, 1], got {self.disagreement_fraction!r}")
+        if isinstance(self.tagger, str) and self.tagger not in ("lexicon", DISAGREEMENT):
+            if not Path(self.tagger).is_file():
+                raise InputError(
+                    f"tagger: expected 'lexicon', 'disagreement', a lexicon file or a callable, got {self.tagger!r}"
+                )
+        elif not isinstance(self.tagger, str) and not callable(self.tagger):
+            raise InputError(f"tagger: expected a name or a callable text -> spans, got {type(self.tagger).__name__}")
+
+    @property
+    def needs_disagreement(self) -> bool:
+        return self.tagger == DISAGREEMENT and self.pathology_weight > 0
+
+    def span_tagger(self) -> Tagger:
+        """The callable behind the name; `disagreement` works on tokens, not spans, and has none."""
+        if callable(self.tagger):
+            return self.tagger
+        return LexiconTagger(None if self.tagger == "lexicon" else self.tagger)
+
+    def weigher(self) -> Callable[[Record, Response], Sequence[float]]:
+        """(record, response) -> w_t per response token, EOS last; disagreement's part is added when it is known."""
+        if self.tagger == DISAGREEMENT:
+            return lambda record, response: [1.0] * (len(response.ids) - 1) + [1.0 + self.eos_weight]
+        tagger = self.span_tagger()
+
+        def weigh(record: Record, response: Response) -> Sequence[float]:
+            return token_weights(
+                response.offsets,
+                checked_spans(tagger, record.report),
+                pathology_weight=self.pathology_weight,
+                eos_weight=self.eos_weight,
+            )
+
+        return weigh
