@@ -1,0 +1,168 @@
+"""Scoring predicted reports against references, with intervals, and comparing two systems."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dive_fast.errors import InputError
+from dive_fast.metrics import DEFAULT, METRICS, inputs
+from dive_fast.metrics.bootstrap import check_bootstrap, percentile_interval, resampled_sums
+from dive_fast.metrics.metric import Documents, Metric
+from dive_fast.metrics.protocols import PROTOCOLS
+from dive_fast.metrics.scores import Scores
+from dive_fast.supervision.tagger import Tagger
+
+
+def evaluate(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    metrics: Sequence[str] = DEFAULT,
+    protocol: str = "r2gen",
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    tagger: Tagger | None = None,
+    finish_reasons: Sequence[str] | None = None,
+    ids: Sequence[str] | None = None,
+) -> Scores:
+    """Score N predicted reports against their references.
+
+    Args:
+        predictions: N texts. An empty one is legal and scores 0.
+        references: N texts, each with a word in it.
+        metrics: names out of bleu (BLEU-1..4), rouge_l, cider, meteor (needs Java), decisive (precision, recall and F1
+            of the stated classes), length (relative length error, length ratio), termination (EOS rate).
+        protocol: raw, lower, ptb (needs Java), r2gen (the custom for IU X-ray) or r2gen_mimic; described in
+            `dive_fast.metrics.protocols`. It applies to bleu, rouge_l, cider and meteor; the others read the reports
+            as written.
+        bootstrap: resamples of the documents for the 95 % intervals; 0 gives none. The same documents are drawn for
+            every metric and, with equal N and seed, for every system.
+        seed: seed of the resampling.
+        tagger: text -> [(start, end, class), ...] for `decisive`; default
+            `dive_fast.supervision.lexicon.LexiconTagger()`.
+        finish_reasons: N times "eos" or "length", as `generate` returns them; giving them adds `termination`.
+        ids: N distinct names of the documents, for messages and for `Scores.ids`.
+
+    Returns:
+        Scores, a mapping from name to value.
+
+    Raises:
+        InputError: lengths differ or are 0; an entry is not a text; a reference is empty; an unknown metric or
+            protocol; a missing package, Java or finish reason; a negative `bootstrap` or `seed`.
+
+    Warns:
+        UserWarning: CIDEr of a single document, which is always 0.
+    """
+    names = inputs.metric_names(metrics, finish_reasons, METRICS)
+    inputs.check_protocol(protocol)
+    check_bootstrap(bootstrap, seed)
+    predictions, references, document_names = inputs.texts(predictions, references, ids)
+    tagger = inputs.checked_tagger(tagger) if "decisive" in names else None
+    if "termination" in names:
+        finish_reasons = inputs.checked_finish_reasons(finish_reasons, len(references))
+    tokenized = [], []
+    if any(METRICS[name].reads == "protocol" for name in names):
+        tokenized = _apply_protocol(protocol, predictions, references, document_names)
+    documents = Documents(predictions, references, *tokenized, document_names, tagger, finish_reasons)
+
+    values, statistics, intervals, per_class, per_document = {}, {}, {}, {}, {}
+    for name in names:
+        measured = METRICS[name].measure(documents)
+        values |= measured.values
+        statistics[name] = measured.statistics
+        per_class |= measured.per_class
+        per_document |= measured.per_document
+        if bootstrap:
+            resampled = _distribution(METRICS[name], measured.statistics, measured.values, bootstrap, seed)
+            intervals |= {key: percentile_interval(resampled[key]) for key in measured.values}
+    return Scores(
+        corpus=values,
+        protocol=_protocol_settings(protocol),
+        n=len(references),
+        documents=hashlib.sha256("\n".join(references).encode()).hexdigest(),
+        bootstrap=int(bootstrap),
+        seed=int(seed),
+        statistics=statistics,
+        intervals=intervals,
+        per_class=per_class,
+        per_document=per_document,
+        ids=None if ids is None else [str(identity) for identity in ids],
+        tagger=None if tagger is None else getattr(tagger, "__qualname__", type(tagger).__qualname__),
+    )
+
+
+def paired_difference(
+    a: Scores, b: Scores, name: str, *, bootstrap: int = 1000, seed: int = 0
+) -> tuple[float, tuple[float, float] | None]:
+    """a[name] - b[name] for two systems on the same documents, with its 95 % paired bootstrap interval.
+
+    Both systems are resampled with the same documents (Koehn, EMNLP 2004), so what is hard for both cancels; an
+    interval that leaves out 0 is a difference beyond the choice of documents.
+
+    Args:
+        a, b: results of `evaluate` on the same references in the same order, with the same protocol and tagger.
+        name: a value both have, such as "bleu_4".
+        bootstrap: number of resamples; 0 gives no interval.
+        seed: seed of the resampling.
+
+    Returns:
+        (difference, (low, high)), or (difference, None) with bootstrap=0.
+
+    Raises:
+        InputError: different documents, protocols or taggers; a value that is missing; a negative `bootstrap`.
+    """
+    check_bootstrap(bootstrap, seed)
+    for argument, scores in (("a", a), ("b", b)):
+        if name not in scores:
+            raise InputError(
+                f"name: {argument} has no {name!r}{inputs.nearest(name, scores)} Known: {', '.join(scores)}"
+            )
+    if (a.n, a.documents) != (b.n, b.documents):
+        raise InputError(
+            f"a, b: expected scores of the same documents in the same order, but their references ({a.n} and {b.n}) "
+            "differ; evaluate both systems with one list of references"
+        )
+    metric = next(key for key, metric in METRICS.items() if name in metric.keys)
+    if METRICS[metric].reads == "protocol" and a.protocol != b.protocol:
+        raise InputError(
+            f"a, b: expected one protocol, got {a.protocol['name']!r} and {b.protocol['name']!r}; evaluate both alike"
+        )
+    if metric == "decisive" and a.tagger != b.tagger:
+        raise InputError(f"a, b: expected one tagger, got {a.tagger} and {b.tagger}; evaluate both alike")
+    difference = a[name] - b[name]
+    if bootstrap == 0:
+        return difference, None
+    of_a, of_b = (_distribution(METRICS[metric], s.statistics[metric], s, bootstrap, seed)[name] for s in (a, b))
+    return difference, percentile_interval(of_a - of_b)
+
+
+def _distribution(
+    metric: Metric, statistics: np.ndarray, values: Mapping[str, float], bootstrap: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Bootstrap values [B] of each key, shifted so that the full sample gives the reported value.
+
+    The shift is rounding for all but METEOR, whose corpus value is not the mean of its per-document values.
+    """
+    n = len(statistics)
+    full = metric.combine(statistics.sum(axis=0, keepdims=True), n)
+    resampled = metric.combine(resampled_sums(statistics, bootstrap, seed), n)
+    return {key: resampled[key] + (values[key] - full[key][0]) for key in metric.keys}
+
+
+def _protocol_settings(protocol: str) -> dict:
+    applies_to = [name for name, metric in METRICS.items() if metric.reads == "protocol"]
+    return PROTOCOLS[protocol].settings() | {"applies_to": applies_to}
+
+
+def _apply_protocol(
+    protocol: str, predictions: list[str], references: list[str], names: list[str]
+) -> tuple[list[str], list[str]]:
+    predicted, stated = PROTOCOLS[protocol].apply(predictions, references)
+    for text, written, name in zip(stated, references, names, strict=True):
+        if not inputs.has_words(text):
+            raise InputError(
+                f"references: protocol {protocol!r} leaves nothing of {name} ({written[:80]!r}); leave it out of both "
+                "lists or use protocol='raw'"
+            )
+    return predicted, stated
