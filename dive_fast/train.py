@@ -1,0 +1,345 @@
+"""`dive_fast.train`: from a frozen model and records to a trained steering adapter."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import peft
+import torch
+from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
+
+from dive_fast import checkpoints
+from dive_fast.data import to_records
+from dive_fast.data.encoding import ReportEncoder
+from dive_fast.errors import InputError
+from dive_fast.models.backbone import load_backbone
+from dive_fast.models.spec import text_config_of
+from dive_fast.steering import DiveConfig
+from dive_fast.supervision import Supervision, Teacher
+from dive_fast.supervision.teacher import TeacherRunner
+from dive_fast.trainer import DiveTrainer
+
+SETUP_FILE = "dive_setup.json"
+
+
+@dataclass
+class DiveTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with defaults for adapters of a few hundred thousand parameters."""
+
+    learning_rate: float = field(default=3e-3, metadata={"help": "peak learning rate of AdamW"})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "reports per device and micro-batch"})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "reports per device in evaluation"})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the data; max_steps takes precedence"})
+    logging_steps: float = field(default=10, metadata={"help": "log the loss every so many steps"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "trackers to report to"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "records are not columns; keep False"})
+
+
+@dataclass
+class TrainResult:
+    """Where the adapter lies, what training measured, and its log.
+
+    Attributes:
+        adapter_dir: `peft.PeftModel.from_pretrained` and `dive_fast.load` read it.
+        metrics: train_loss, train_runtime and, with an eval set, eval_loss and eval_perplexity.
+        history: one dict per log entry: step, loss, learning_rate, grad_norm; eval entries among them.
+        model: the trained PEFT model, in eval mode.
+    """
+
+    adapter_dir: Path
+    metrics: dict[str, float]
+    history: list[dict]
+    model: peft.PeftModel = field(repr=False)
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C during training; `saved_to` is the checkpoint that `resume=True` continues from."""
+
+    def __init__(self, saved_to: Path):
+        super().__init__(f"interrupted; saved to {saved_to}, continue with resume=True")
+        self.saved_to = saved_to
+
+
+def train(
+    model_or_path,
+    train_dataset,
+    output_dir,
+    *,
+    processor=None,
+    eval_dataset=None,
+    steering: DiveConfig | None = None,
+    supervision: Supervision | None = None,
+    teacher: Teacher | None = None,
+    args: Mapping | DiveTrainingArguments | None = None,
+    resume: bool = False,
+) -> TrainResult:
+    """Train a steering adapter on a frozen model.
+
+    Args:
+        model_or_path: a transformers model, a PEFT model with dive adapters to train on, or a name that
+            `dive_fast.models.backbone.load_backbone` takes ("smollm2", a folder, a hub id).
+        train_dataset, eval_dataset: records, dicts with `report` and `prompt` (or `indication`), a `datasets.Dataset`,
+            or the path of a JSON-lines or CSV file.
+        output_dir: receives checkpoints, the final adapter (`adapter_config.json`, `adapter_model.safetensors`) and
+            the run's settings.
+        processor: the model's processor or fast tokenizer; needed with a model object.
+        steering: the adapter; default `DiveConfig()`. Not with a PEFT model, which brings its own.
+        supervision: token weights and loss terms; default `Supervision()`.
+        teacher: the model with demonstrations to distil; None: cross-entropy alone.
+        args: `DiveTrainingArguments` or a dict of them.
+        resume: continue from the newest whole checkpoint in `output_dir`, from the start where there is none.
+
+    Raises:
+        InputError: bad data, a bad setting, or an `output_dir` that holds another run; nothing is written then.
+        TrainingInterrupted: after Ctrl-C, once the running step is finished and saved.
+    """
+    output_dir = Path(output_dir)
+    records = to_records(train_dataset)
+    eval_records = None if eval_dataset is None else to_records(eval_dataset)
+    supervision = supervision or Supervision()
+    if teacher is None and supervision.needs_disagreement:
+        raise InputError("tagger: 'disagreement' compares teacher and zero-shot model; give a teacher")
+    arguments = _training_arguments(args, output_dir)
+    set_seed(arguments.seed)
+    model, processor = _model_and_processor(model_or_path, processor, steering)
+    base = model.get_base_model()
+    encoder = ReportEncoder(processor, context_length=text_config_of(base).max_position_embeddings)
+    runner = None
+    if teacher is not None:
+        runner = TeacherRunner(
+            model,
+            encoder,
+            teacher.demonstration_pool(records),
+            cache_dir=teacher.cache_dir,
+            memory_bytes=teacher.memory_bytes,
+            layers=supervision.align_weight > 0,
+            disagreement=supervision.needs_disagreement,
+        )
+    setup = _setup(model, records, supervision, teacher, runner, arguments)
+    checkpoint = _prepare_output(output_dir, setup, resume)
+    trainer = DiveTrainer(
+        model,
+        arguments,
+        train_records=records,
+        eval_records=eval_records,
+        encoder=encoder,
+        supervision=supervision,
+        teacher=runner,
+        callbacks=[_StopOnInterrupt()],
+    )
+    return _run(trainer, output_dir, checkpoint)
+
+
+def load(base_or_path, adapter_dir, *, dtype=None) -> peft.PeftModel:
+    """The base model with a trained adapter, in eval mode.
+
+    Args:
+        base_or_path: a transformers model, or a name as in `train`; with a name the PEFT model carries the processor
+            as `model.processor`, where `generate` finds it.
+        adapter_dir: what `train` wrote.
+        dtype: of a model loaded by name.
+
+    Raises:
+        InputError: no adapter there, one that is cut short, one for another base model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(adapter_dir)
+    weights = folder / "adapter_model.safetensors"
+    for file in (folder / "adapter_config.json", weights):
+        if not file.is_file():
+            raise InputError(f"adapter_dir: {folder} holds no adapter, {file.name} is missing")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            saved = set(file.keys())
+    except SafetensorError as error:
+        raise InputError(f"adapter_dir: {weights} is damaged or cut short ({error}); copy it again") from error
+    config = _adapter_config(folder)
+    processor = None
+    if isinstance(base_or_path, str | Path):
+        base_or_path, processor = load_backbone(str(base_or_path), dtype=dtype)
+    model = peft.PeftModel.from_pretrained(base_or_path, folder, config=config)
+    expected = set(peft.get_peft_model_state_dict(model))
+    if saved != expected:
+        odd = sorted(saved ^ expected)[0]
+        raise InputError(f"adapter_dir: {weights} does not fit its adapter_config.json (first difference: {odd})")
+    if processor is not None:
+        model.processor = processor
+    return model.eval()
+
+
+def _adapter_config(folder: Path) -> DiveConfig:
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"adapter_dir: {folder}/adapter_config.json cannot be read: {error}") from error
+    if not isinstance(config, DiveConfig):
+        raise InputError(f"adapter_dir: {folder} holds a {config.peft_type} adapter, not a steering adapter")
+    config.inference_mode = True
+    return config
+
+
+def _training_arguments(args, output_dir: Path) -> DiveTrainingArguments:
+    if isinstance(args, TrainingArguments):
+        arguments = dataclasses.replace(args, output_dir=str(output_dir))
+    else:
+        defaults = {f.name: f.default for f in dataclasses.fields(DiveTrainingArguments)}
+        for name, value in (args or {}).items():
+            if name not in defaults:
+                near = difflib.get_close_matches(name, defaults, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise InputError(f"args: there is no training argument {name!r}{hint}")
+            if type(defaults[name]) in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise InputError(f"args: {name} is a number, got {value!r}")
+        try:
+            arguments = DiveTrainingArguments(**{**(args or {}), "output_dir": str(output_dir)})
+        except (ValueError, TypeError) as error:
+            raise InputError(f"args: {error}") from error
+    if not torch.cuda.is_available():
+        arguments.dataloader_pin_memory = False
+    if arguments.n_gpu > 1:
+        raise InputError(
+            f"args: {arguments.n_gpu} GPUs are visible to one process; start one process per GPU with "
+            "`torchrun --nproc-per-node N` or `accelerate launch`"
+        )
+    return arguments
+
+
+def _model_and_processor(model_or_path, processor, steering: DiveConfig | None):
+    model = model_or_path
+    if isinstance(model, str | Path):
+        model, loaded = load_backbone(str(model))
+        processor = processor or loaded
+    if processor is None:
+        raise InputError("processor: a model object comes without one; give its processor or fast tokenizer")
+    if isinstance(model, peft.PeftModel):
+        if steering is not None:
+            raise InputError("steering: the model already carries adapters; leave steering out, or pass the base model")
+        if not isinstance(model.active_peft_config, DiveConfig):
+            raise InputError("model: its active adapter is not a steering adapter (DiveConfig)")
+        return model, processor
+    return peft.get_peft_model(model, steering or DiveConfig()), processor
+
+
+def _setup(model, records, supervision: Supervision, teacher: Teacher | None, runner, arguments) -> dict:
+    """What two runs must share for one to continue the other."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps([record.id, record.prompt, record.report, len(record.images)]).encode())
+    tagger = supervision.tagger
+    named = dataclasses.asdict(dataclasses.replace(supervision, tagger="lexicon"))
+    named["tagger"] = tagger if isinstance(tagger, str) else getattr(tagger, "__qualname__", type(tagger).__name__)
+    config = model.active_peft_config.to_dict()
+    steering = {f.name: config[f.name] for f in dataclasses.fields(DiveConfig) if f.name in DiveConfig.__annotations__}
+    kept = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "weight_decay")
+    kept += ("warmup_steps", "gradient_accumulation_steps", "max_grad_norm", "optim", "bf16", "fp16")
+    return {
+        "steering": steering,
+        "supervision": named,
+        "teacher": None
+        if teacher is None
+        else {"shots": teacher.shots, "demos": teacher.demos, "seed": teacher.seed, "pool": runner.pool.fingerprint},
+        "data": {"records": len(records), "sha256": digest.hexdigest()},
+        "training": {name: _plain(getattr(arguments, name, None)) for name in kept}
+        | {"batch_size": arguments.per_device_train_batch_size * arguments.world_size},
+    }
+
+
+def _plain(value):
+    return getattr(value, "value", value)
+
+
+def _prepare_output(output_dir: Path, setup: dict, resume: bool) -> Path | None:
+    """Refuse to mix runs; returns the checkpoint to resume from."""
+    file = output_dir / SETUP_FILE
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"output_dir: {output_dir} is a file")
+    if resume and file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [f"{a}.{b}" for a in setup for b in _differing(before.get(a), setup[a])]
+        if changed:
+            raise InputError(
+                f"resume: the run in {output_dir} had other settings ({', '.join(changed)}); "
+                "give the same ones, or another output_dir"
+            )
+        return checkpoints.newest_complete(output_dir)
+    if output_dir.exists() and checkpoints.checkpoints(output_dir):
+        raise InputError(
+            f"output_dir: {output_dir} holds checkpoints of another run; pass resume=True or another folder"
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(setup, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"output_dir: {output_dir} cannot be written ({error})") from error
+    return None
+
+
+def _differing(before, after) -> Sequence[str]:
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return [] if before == after else ["all"]
+    return [name for name in after if before.get(name) != json.loads(json.dumps(after[name]))]
+
+
+def _run(trainer: DiveTrainer, output_dir: Path, checkpoint: Path | None) -> TrainResult:
+    finished = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if finished is not None and finished.global_step >= finished.max_steps:
+        # The run was cut off after its last step: the Trainer would take one step more.
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = finished
+        metrics = {}
+    else:
+        with _deferred_interrupt() as interrupted:
+            outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if interrupted.is_set():
+            raise TrainingInterrupted(checkpoints.newest_complete(output_dir))
+        metrics = dict(outcome.metrics)
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    if trainer.args.should_save:
+        checkpoints.save_adapter(model, output_dir)
+        log = {"metrics": metrics, "history": trainer.state.log_history}
+        (output_dir / "dive_result.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
+    return TrainResult(output_dir, metrics, list(trainer.state.log_history), model)
+
+
+_interrupted = threading.Event()
+
+
+@contextmanager
+def _deferred_interrupt():
+    """Ctrl-C asks the running step to be the last; a second one stops at once."""
+    _interrupted.clear()
+    if threading.current_thread() is not threading.main_thread():
+        yield _interrupted
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(signum, frame):
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
+        _interrupted.set()
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield _interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _StopOnInterrupt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if _interrupted.is_set():
+            control.should_save = True
+            control.should_training_stop = True
+        return control

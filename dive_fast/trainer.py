@@ -1,0 +1,196 @@
+"""transformers' Trainer with the decisive-token loss, a teacher, checkpoints that are whole, and exact accumulation.
+
+N response tokens of a batch, D hidden size, L layers.
+"""
+
+import shutil
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer
+
+from dive_fast import checkpoints, ops
+from dive_fast.data.collator import ReportCollator
+from dive_fast.data.encoding import ReportEncoder
+from dive_fast.data.record import Record
+from dive_fast.errors import InputError
+from dive_fast.likelihood import batch_nll, model_inputs
+from dive_fast.models.hidden import hidden_states
+from dive_fast.models.spec import lm_head_of, logit_softcap_of
+from dive_fast.steering import response_positions_from_labels
+from dive_fast.supervision.settings import Supervision
+from dive_fast.supervision.teacher import TeacherRunner, TeacherTargets, disagreement_weights
+
+
+class DiveTrainer(Trainer):
+    """Trains the steering adapters of a PEFT model on records.
+
+    Losses are sums over the tokens of the whole step divided by that step's totals, so neither gradient accumulation
+    nor the number of processes changes a step.
+    """
+
+    def __init__(
+        self,
+        model,
+        args,
+        *,
+        train_records: Sequence[Record],
+        eval_records: Sequence[Record] | None,
+        encoder: ReportEncoder,
+        supervision: Supervision,
+        teacher: TeacherRunner | None,
+        **options,
+    ):
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_records,
+            eval_dataset=eval_records,
+            data_collator=ReportCollator(encoder, supervision.weigher()),
+            **options,
+        )
+        # Both say that compute_loss has normalised over the whole step already (the first for older releases).
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.supervision = supervision
+        self.teacher = teacher
+        base = model.get_base_model()
+        self.head, self.softcap = lm_head_of(base), logit_softcap_of(base)
+
+    # -- the loss ----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one step and their totals: (sum of token weights, number of response tokens)."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        weights = sum(batch["token_weights"].double().sum() for batch in batches)
+        tokens = sum((batch["labels"] != -100).sum() for batch in batches)
+        if self.supervision.needs_disagreement:
+            lengths = (n for batch in batches for n in (batch["labels"] != -100).sum(dim=1).tolist())
+            fraction, weight = self.supervision.disagreement_fraction, self.supervision.pathology_weight
+            weights = weights + sum(
+                float(disagreement_weights(torch.zeros(n), fraction, weight).sum()) for n in lengths
+            )
+        totals = torch.stack([weights.to(device), tokens.to(device).double()])
+        if self.args.world_size > 1:
+            totals = self.accelerator.gather(totals).view(-1, 2).sum(dim=0)
+        return batches, totals
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """This process's share of the step's loss; the shares of all micro-batches and processes add up to it."""
+        labels, settings = inputs["labels"], self.supervision
+        positions = response_positions_from_labels(labels)
+        targets = labels[:, 1:][positions[:, :-1]]
+        weights = inputs["token_weights"][:, 1:][positions[:, :-1]]
+        taught = self._teacher_targets(inputs["records"], targets.device)
+        if settings.needs_disagreement:
+            weights = weights + self._disagreement(taught).to(weights)
+        align = settings.align_weight > 0 and taught is not None
+        states = hidden_states(model, model_inputs(inputs, self.model), layers=align)
+        totals = num_items_in_batch
+        if totals is None:
+            totals = torch.stack([weights.double().sum(), weights.new_tensor(len(weights)).double()])
+        weight_sum, tokens = totals.to(torch.float32)
+        distill = taught is not None and settings.kl_weight > 0
+        loss = ops.linear_cross_entropy(
+            states.final[positions],
+            self.head.weight,
+            targets,
+            weights,
+            bias=self.head.bias,
+            softcap=self.softcap,
+            teacher=self._distributions(taught) if distill else None,
+            kl_weight=settings.kl_weight if distill else 0.0,
+            denominator=(weight_sum, tokens) if distill else weight_sum,
+        )
+        if align:
+            loss = loss + settings.align_weight * self._misalignment(states.layers, positions, taught) / tokens
+        # Data parallelism averages gradients over processes; the totals above already count all of them.
+        loss = loss * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
+
+    def _teacher_targets(self, records: Sequence[Record], device) -> list[TeacherTargets] | None:
+        if self.teacher is None:
+            return None
+        return [self.teacher.targets(record) for record in records]
+
+    def _distributions(self, taught: list[TeacherTargets]):
+        device = self.head.weight.device
+        if taught[0].final is not None:
+            return torch.cat([t.final for t in taught]).to(device)
+        return ops.TeacherStatistics(
+            torch.cat([t.statistics.mean_weight for t in taught]).to(device),
+            torch.cat([t.statistics.negative_entropy for t in taught]).to(device),
+        )
+
+    def _disagreement(self, taught: list[TeacherTargets]) -> torch.Tensor:
+        fraction, weight = self.supervision.disagreement_fraction, self.supervision.pathology_weight
+        return torch.cat([disagreement_weights(t.disagreement, fraction, weight) for t in taught])
+
+    @staticmethod
+    def _misalignment(
+        layers: list[torch.Tensor], positions: torch.Tensor, taught: list[TeacherTargets]
+    ) -> torch.Tensor:
+        """sum_t mean_l |h_lt - teacher h_lt|^2 / D, in float32."""
+        teacher = torch.cat([t.layers for t in taught], dim=1).to(layers[0].device)
+        total = torch.zeros((), device=layers[0].device)
+        for student, target in zip(layers, teacher, strict=True):
+            difference = student[positions].float() - target.float()
+            total = total + difference.square().mean(dim=-1).sum()
+        return total / len(layers)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            names = ", ".join(record.id for record in inputs["records"])
+            raise InputError(
+                f"training: the loss became {loss.item()} at step {self.state.global_step + 1} on records {names}; "
+                "lower learning_rate, or look at these records"
+            )
+        return loss
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Held-out negative log-likelihood per token (plain, unweighted) and perplexity."""
+        model, nll, tokens = self.model, 0.0, 0
+        model.eval()
+        for batch in self.get_eval_dataloader(eval_dataset):
+            sums = batch_nll(model, self._prepare_inputs(batch))
+            sums, counts = self.accelerator.gather_for_metrics(sums)
+            nll, tokens = nll + sums.double().sum().item(), tokens + counts.sum().item()
+        loss = nll / max(tokens, 1)
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": float(torch.tensor(loss).exp()),
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial)) / f"{checkpoints.PREFIX}{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)  # what an interrupted save left behind
+        self.accelerator.wait_for_everyone()
+        keep, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go once this one is whole
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.write_manifest(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            last = checkpoints.newest_complete(folder.parent)
+            kept = f"the last whole checkpoint is {last}" if last else "there is no earlier checkpoint"
+            raise InputError(f"output_dir: saving {folder} failed ({error}); {kept}") from error
+        finally:
+            self.args.save_total_limit = keep
+        if self.args.should_save:
+            checkpoints.rotate(folder.parent, keep, self.state.best_model_checkpoint)
