@@ -1,0 +1,249 @@
+"""The `dive-fast` command. Only the parser lives here, so that --help answers at once; the work is in `cli_commands`.
+
+Exit codes: 0 success, 1 a bug (with its traceback) or a failed `doctor`, 2 wrong input (the message alone), 130 Ctrl-C.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from dive_fast.errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dive-fast` with `argv` (default: the process's arguments) and return its exit code."""
+    # A pipe's encoding follows the locale, and reports hold characters that ASCII cannot write.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        args = parse(argv)
+    except SystemExit as stop:
+        return stop.code or 0
+    try:
+        return args.run(args)
+    except InputError as error:
+        print(f"dive-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(_interrupted(stop, resumable=hasattr(args, "resume")), file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone; what is left in the buffer must not raise again at exit.
+        sys.stdout = None
+        return 0
+
+
+def _interrupted(stop: KeyboardInterrupt, resumable: bool) -> str:
+    saved = getattr(stop, "saved_to", None)
+    message = "\ndive-fast: interrupted"
+    if saved is None:
+        return message
+    return f"{message}; saved to {saved}" + (", the same command with --resume goes on from there" if resumable else "")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments of the command; key=value items may stand anywhere among the options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        if not hasattr(args, "items") or any(item.startswith("-") for item in rest):
+            args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.items = [*args.items, *rest]
+    return args
+
+
+def _command(name: str):
+    """The function of `cli_commands` that runs a command; imported when it is called."""
+
+    def run(args: argparse.Namespace) -> int:
+        from dive_fast import cli_commands
+
+        return getattr(cli_commands, name)(args)
+
+    return run
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        from dive_fast import __version__
+
+        print(f"dive-fast {__version__}")
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="dive-fast",
+        description="Steering adapters for frozen vision-language models: train them, write reports, score them.",
+        epilog=(
+            "First steps:\n"
+            "  dive-fast doctor                 what is installed and usable on this machine\n"
+            "  dive-fast demo --quick           train and compare adapters on real reports, writes a page to look at\n"
+            "  dive-fast tag \"No effusion.\"     which words of a report carry the diagnosis\n"
+            "\n`dive-fast COMMAND --help` explains a command with examples."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", nargs=0, action=_Version, help="show the version and leave")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_train, _generate, _evaluate, _tag, _demo, _report, _doctor):
+        add(commands)
+    return parser
+
+
+def _add(commands, name: str, summary: str, description: str, examples: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"Examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_command(name), parser=parser)
+    return parser
+
+
+def _train(commands) -> None:
+    parser = _add(
+        commands,
+        "train",
+        "train a steering adapter",
+        "Train a steering adapter for a frozen model. A run is described by a YAML file, by key=value\n"
+        "options, or by both (options win). Sections: model, dtype, data, eval_data, steering (DiveConfig),\n"
+        "supervision (Supervision), teacher (Teacher), training (DiveTrainingArguments, which has every\n"
+        "option of transformers.TrainingArguments), output. Relative paths start from the current directory.",
+        "  dive-fast train configs/open_i_smollm2.yaml\n"
+        "  dive-fast train configs/open_i_smollm2.yaml steering.r=32 supervision.eos_weight=2 --output runs/r32\n"
+        "  dive-fast train model=smollm2 data=open_i training.max_steps=100 --output runs/first\n"
+        "  dive-fast train data=my_reports.jsonl teacher.shots=8 training.learning_rate=1e-3 --output runs/mine\n"
+        "  dive-fast train configs/open_i_smollm2.yaml --output runs/first --resume",
+    )
+    parser.add_argument("items", nargs="*", metavar="CONFIG.yaml | key=value", help="a YAML file and options")
+    parser.add_argument("--output", metavar="DIR", help="new folder for adapter, checkpoints and settings")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--list-options", action="store_true", help="show every option with its type and default")
+
+
+def _generate(commands) -> None:
+    parser = _add(
+        commands,
+        "generate",
+        "write reports with a model and an adapter",
+        "Write reports: for every record of a data set into a JSON-lines file (id, prompt, prediction,\n"
+        "reference, finish_reason), or for one prompt onto the terminal as it is written.",
+        "  dive-fast generate --adapter runs/first --data open_i split=test --limit 100 --output predictions.jsonl\n"
+        "  dive-fast generate --model smollm2 --data my_reports.jsonl --output zero_shot.jsonl\n"
+        "  dive-fast generate --adapter runs/first --prompt \"Indication: cough. Describe the findings.\"\n"
+        "  dive-fast generate --model my/vlm --prompt \"Describe the findings.\" --image film.png",
+    )
+    parser.add_argument("items", nargs="*", metavar="key=value", help="options of the data set, such as split=test")
+    parser.add_argument("--model", metavar="M", help="short name, hub id or folder; default: the adapter's own")
+    parser.add_argument("--adapter", metavar="DIR", help="a trained adapter; without it the model itself writes")
+    parser.add_argument("--dtype", help="of the weights: float32, bfloat16 or float16; default: the checkpoint's")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="NAME | FILE", help="a data set's name, or a .jsonl, .json or .csv file")
+    what.add_argument("--prompt", metavar="TEXT", help="one prompt; its report is printed as it is written")
+    parser.add_argument("--image", metavar="FILE", nargs="+", default=[], help="images that --prompt speaks of")
+    parser.add_argument("--output", metavar="FILE", help="where --data's predictions go (.jsonl)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output where it exists")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N records")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="reports written at a time (default 8)")
+    sampling = parser.add_argument_group("how tokens are chosen (default: the most likely one)")
+    sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest report (default 256)")
+    sampling.add_argument("--min-new-tokens", type=int, default=0, metavar="N", help="no end before N tokens")
+    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0 is all")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that sum to P")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is none (default)")
+    sampling.add_argument("--seed", type=int, metavar="S", help="of the draw")
+    sampling.add_argument("--engine", choices=("native", "transformers"), help="default: the fastest that applies")
+
+
+def _evaluate(commands) -> None:
+    parser = _add(
+        commands,
+        "evaluate",
+        "score predictions against references",
+        "Score predicted reports with 95 % bootstrap intervals, or compare two systems on the same reports.\n"
+        "PREDICTIONS is a JSON-lines file with `prediction`, and `reference` unless --references is given.",
+        "  dive-fast evaluate predictions.jsonl\n"
+        "  dive-fast evaluate predictions.jsonl --metrics bleu rouge_l --bootstrap 5000 --output scores.json\n"
+        "  dive-fast evaluate predictions.jsonl --references reports.jsonl\n"
+        "  dive-fast evaluate steered.jsonl --against zero_shot.jsonl",
+    )
+    parser.add_argument("predictions", metavar="PREDICTIONS.jsonl", help="as `dive-fast generate` writes them")
+    parser.add_argument("--references", metavar="FILE", help=".jsonl with id and reference (or report), joined by id")
+    parser.add_argument("--against", metavar="B.jsonl", help="a second system: differences with paired intervals")
+    names = "bleu rouge_l cider meteor decisive length termination"
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help=names)
+    parser.add_argument("--protocol", default="r2gen", help="raw, lower, ptb, r2gen (default) or r2gen_mimic")
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples (default 1000; 0: none)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the resampling (default 0)")
+    parser.add_argument("--lexicon", metavar="YAML", help="lexicon of the decisive metric; default: chest findings")
+    parser.add_argument("--output", metavar="FILE", help="write all scores as JSON")
+
+
+def _tag(commands) -> None:
+    parser = _add(
+        commands,
+        "tag",
+        "show a report's decisive tokens",
+        "Show which words of a report carry the diagnosis, coloured by what is said of the finding\n"
+        "(present, absent, uncertain), and with --model the tokens and the weights that training gives them.",
+        "  dive-fast tag \"Small left effusion. No pneumothorax.\"\n"
+        "  dive-fast tag --file report.txt --model smollm2\n"
+        "  cat report.txt | dive-fast tag --lexicon my_lexicon.yaml",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("text", nargs="?", metavar="TEXT", help="the report; without it standard input is read")
+    source.add_argument("--file", metavar="FILE", help="a text file with the report")
+    parser.add_argument("--lexicon", metavar="YAML", help="another lexicon; default: chest findings")
+    parser.add_argument("--model", metavar="M", help="show this model's tokens and their training weights")
+    parser.add_argument("--pathology-weight", type=float, metavar="W", help="weight added on decisive tokens")
+    parser.add_argument("--eos-weight", type=float, metavar="W", help="weight added on the end of the report")
+
+
+def _demo(commands) -> None:
+    parser = _add(
+        commands,
+        "demo",
+        "train and compare adapters on real reports, and write a page",
+        "Train steering adapters on the Open-i reports with a small frozen model, compare them with the\n"
+        "model alone and with demonstrations in its context, and write the result as a page.",
+        "  dive-fast demo --quick\n  dive-fast demo --output demo --steps 200 --eval-reports 100 --seed 1",
+    )
+    parser.add_argument("--output", default="dive_fast_demo", metavar="DIR", help="folder (default dive_fast_demo)")
+    parser.add_argument("--quick", action="store_true", help="a few minutes instead of the full comparison")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps of each adapter")
+    parser.add_argument("--eval-reports", type=int, metavar="N", help="held-out reports to score")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of data order and weights (default 0)")
+
+
+def _report(commands) -> None:
+    parser = _add(
+        commands,
+        "report",
+        "render a result as an HTML page",
+        "Render a result file, such as the demo's result.json, as one self-contained HTML page.",
+        "  dive-fast report dive_fast_demo/result.json --output report.html",
+    )
+    parser.add_argument("result", metavar="RESULT.json")
+    parser.add_argument("--output", default="report.html", metavar="FILE", help="the page (default report.html)")
+
+
+def _doctor(commands) -> None:
+    parser = _add(
+        commands,
+        "doctor",
+        "show what is built and usable here",
+        "Show the compiled extension, CUDA, instruction sets, Triton, Java, optional packages and versions.",
+        "  dive-fast doctor\n  dive-fast doctor --json",
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--probe", action="store_true", help="also run a small computation on each device")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,356 @@
+"""What each `dive-fast` command does. Heavy modules are imported by the command that needs them.
+
+`dive_fast.train` and `dive_fast.evaluate` are functions of the package and modules of the same name, so the modules are
+reached through importlib.
+"""
+
+import dataclasses
+import importlib
+import json
+import sys
+import typing
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from dive_fast import cli_files as files
+from dive_fast.errors import InputError
+
+RUN_FILE = "run.yaml"
+
+
+def train(args: Namespace) -> int:
+    """Check everything, then train; the run's settings are stored beside the adapter before the first step."""
+    from dive_fast import config
+
+    if args.list_options:
+        return _list_options()
+    paths = [item for item in args.items if "=" not in item]
+    if len(paths) > 1:
+        raise InputError(f"train: expected one YAML file and key=value options, got the files {', '.join(paths)}")
+    run = config.load_config(paths[0] if paths else None, [item for item in args.items if "=" in item])
+    run.output = args.output or run.output
+    output = _check_output(run.output)
+    if run.eval_data is None and run.training.get("eval_strategy", "no") != "no":
+        raise InputError("training.eval_strategy: evaluates on held-out records; give them as eval_data")
+    classes = config.section_classes()
+    steering = classes["steering"](**run.steering)
+    supervision = classes["supervision"](**run.supervision)
+    teacher = None if run.teacher is None else classes["teacher"](**run.teacher)
+    training = _training_arguments(classes["training"], str(output), run.training)
+    # torchrun and accelerate start one copy of this command per device.
+    first = training.process_index == 0
+    if first:
+        _check_emptiness(output, args.resume)
+    records = config.load_records(run.data)
+    held_out = None if run.eval_data is None else config.load_records(run.eval_data)
+    model, processor = _backbone(run.model, run.dtype)
+    if first:
+        print(f"Training on {len(records)} records of {run.data['name']} with {run.model}; all goes to {output}")
+    with _recorded(run, output) if first else nullcontext():
+        result = importlib.import_module("dive_fast.train").train(
+            model,
+            records,
+            output,
+            processor=processor,
+            eval_dataset=held_out,
+            steering=steering,
+            supervision=supervision,
+            teacher=teacher,
+            args=training,
+            resume=args.resume,
+        )
+    if first:
+        for name, value in result.metrics.items():
+            print(f"  {name}: {value:.6g}" if isinstance(value, float) else f"  {name}: {value}")
+        print(f"The adapter is in {result.adapter_dir}. Write reports with it:")
+        print(f"  dive-fast generate --adapter {result.adapter_dir} --data ... --output predictions.jsonl")
+    return 0
+
+
+@contextmanager
+def _recorded(run, output: Path) -> Iterator[None]:
+    """The run's settings in its folder from before the first step, and gone again if `train` refuses them."""
+    file = output / RUN_FILE
+    if file.exists():
+        yield
+        return
+    existed = output.is_dir()
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(run.resolved().to_yaml(), encoding="utf-8")
+    try:
+        yield
+    except InputError:
+        file.unlink()
+        if not existed and not any(output.iterdir()):
+            output.rmdir()
+        raise
+
+
+def _check_output(output: str | None) -> Path:
+    if not output:
+        raise InputError("output: expected the folder to write to; give --output DIR, or `output:` in the YAML file")
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"output: expected a folder, {path} is a file; give another --output")
+    return path
+
+
+def _check_emptiness(path: Path, resume: bool) -> None:
+    filled = path.is_dir() and any(path.iterdir())
+    if filled and not resume:
+        raise InputError(f"output: {path} is not empty; give another --output, or --resume to go on with its run")
+    if resume and not filled:
+        raise InputError(f"output: nothing to resume from in {path}; leave out --resume, or name the folder of the run")
+
+
+def _training_arguments(cls: type, output: str, options: Mapping):
+    try:
+        return cls(output_dir=output, **options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"training: {error}") from error
+
+
+def _backbone(name: str, dtype: str | None):
+    from dive_fast.models.backbone import load_backbone
+
+    return load_backbone(name, dtype=dtype)
+
+
+def _list_options() -> int:
+    from dive_fast import config
+
+    for section, cls in config.section_classes().items():
+        print(f"{section}: ({cls.__name__})")
+        hints = typing.get_type_hints(cls)
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        for name, about in config.option_help(cls).items():
+            default = "" if defaults[name] is dataclasses.MISSING else f", default {_plain(defaults[name])}"
+            print(f"  {section}.{name}: {config.expected(hints[name])}{default}")
+            if about:
+                print(f"      {about}")
+    return 0
+
+
+def _plain(value) -> str:
+    value = getattr(value, "value", value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def generate(args: Namespace) -> int:
+    """Reports for a data set into a file, or for one prompt onto the terminal."""
+    from dive_fast import config
+
+    if args.data is None:
+        if args.items or args.output or args.limit:
+            raise InputError("--prompt: takes no data options, --limit or --output; use --data for a data set")
+        model, processor = _steered_model(args)
+        return _generate_one(args, model, processor)
+    if args.image:
+        raise InputError("--image: belongs to --prompt; the records of --data name their own images")
+    if not args.output:
+        raise InputError("--output: expected a file for the predictions, such as --output predictions.jsonl")
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size: expected a positive number, got {args.batch_size}")
+    output = files.new_file(args.output, args.overwrite)
+    limit = [] if args.limit is None else [f"limit={args.limit}"]
+    records = config.load_records(config.data_with_options(args.data, [*args.items, *limit]))
+    model, processor = _steered_model(args)
+    count = files.write_rows(output, _predictions(args, model, processor, records), total=len(records))
+    print(f"{count} predictions in {output}. Score them: dive-fast evaluate {output}")
+    return 0
+
+
+def _steered_model(args: Namespace):
+    name = args.model or _trained_on(args.adapter)
+    model, processor = _backbone(name, args.dtype)
+    if args.adapter:
+        from dive_fast import load
+
+        model = load(model, args.adapter)
+    return model, processor
+
+
+def _trained_on(adapter: str | None) -> str:
+    from dive_fast import config
+
+    if adapter is None:
+        raise InputError("--model: expected a model, such as --model smollm2, or --adapter DIR of a trained one")
+    for folder in (Path(adapter), Path(adapter).parent):
+        if (folder / RUN_FILE).is_file():
+            return config.load_config(folder / RUN_FILE).model
+    raise InputError(f"--model: {adapter} does not say what it was trained on (no {RUN_FILE}); add --model")
+
+
+def _generation_options(args: Namespace) -> dict:
+    lengths, choice = ("max_new_tokens", "min_new_tokens"), ("temperature", "top_k", "top_p", "repetition_penalty")
+    return {name: getattr(args, name) for name in (*lengths, *choice, "seed", "engine")}
+
+
+def _predictions(args: Namespace, model, processor, records: Sequence) -> Iterator[dict]:
+    from dive_fast import generate as write
+
+    for start in range(0, len(records), args.batch_size):
+        batch = records[start : start + args.batch_size]
+        output = write(model, batch, processor=processor, **_generation_options(args))
+        for record, text, reason in zip(batch, output.texts, output.finish_reasons, strict=True):
+            yield {
+                "id": record.id,
+                "prompt": record.prompt,
+                "prediction": text,
+                "reference": record.report,
+                "finish_reason": reason,
+            }
+
+
+def _generate_one(args: Namespace, model, processor) -> int:
+    from transformers import TextStreamer
+
+    from dive_fast import generate as write
+    from dive_fast.data import Record
+
+    record = Record(id="prompt", prompt=args.prompt, report="", images=tuple(args.image))
+    streamer = TextStreamer(getattr(processor, "tokenizer", processor), skip_prompt=True, skip_special_tokens=True)
+    output = write(model, [record], processor=processor, streamer=streamer, **_generation_options(args))
+    if output.finish_reasons[0] == "length":
+        print(f"(cut off after {args.max_new_tokens} tokens; --max-new-tokens allows more)", file=sys.stderr)
+    return 0
+
+
+def evaluate(args: Namespace) -> int:
+    """Scores of one system with intervals, or of two with their paired differences."""
+    rows = files.read_predictions(args.predictions, args.references)
+    others = None
+    if args.against:
+        others = files.in_order_of(rows, files.read_predictions(args.against, args.references), args.against)
+    tagger = None
+    if args.lexicon:
+        from dive_fast.supervision.lexicon import LexiconTagger
+
+        tagger = LexiconTagger(args.lexicon)
+    scores = _scores(args, rows, tagger)
+    if others is None:
+        payload = scores.to_json()
+        table = _score_table(args.predictions, scores)
+    else:
+        other = _scores(args, others, tagger)
+        differences = _differences(args, scores, other)
+        payload = {"a": scores.to_json(), "b": other.to_json(), "a_minus_b": differences}
+        table = _difference_table(args, scores, other, differences)
+    from rich.console import Console
+
+    Console().print(table)
+    if args.output:
+        files.write_text(args.output, json.dumps(payload, indent=1))
+        print(f"All scores in {args.output}")
+    return 0
+
+
+def _scores(args: Namespace, rows: Sequence[Mapping], tagger):
+    module = importlib.import_module("dive_fast.evaluate")
+    reasons = [row.get("finish_reason") for row in rows]
+    options = {"metrics": tuple(args.metrics)} if args.metrics else {}
+    return module.evaluate(
+        [row["prediction"] for row in rows],
+        [row["reference"] for row in rows],
+        protocol=args.protocol,
+        bootstrap=args.bootstrap,
+        seed=args.seed,
+        tagger=tagger,
+        finish_reasons=None if None in reasons else reasons,
+        ids=[row["id"] for row in rows],
+        **options,
+    )
+
+
+def _differences(args: Namespace, a, b) -> dict:
+    module = importlib.import_module("dive_fast.evaluate")
+    found = {}
+    for name in a:
+        if name in b:
+            difference, interval = module.paired_difference(a, b, name, bootstrap=args.bootstrap, seed=args.seed)
+            found[name] = {"difference": difference, "interval": interval}
+    return found
+
+
+def _table(title: str, *columns: str):
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("Score")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return "–" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+
+
+def _score_table(name: str, scores):
+    table = _table(f"{name}: {scores.n} reports, protocol {scores.protocol['name']}", "Value", "95 % interval")
+    for key, value in scores.items():
+        table.add_row(key, f"{value:.4f}", _interval(scores.intervals.get(key)))
+    return table
+
+
+def _difference_table(args: Namespace, a, b, differences: Mapping):
+    title = f"A = {args.predictions}, B = {args.against}: the same {a.n} reports, protocol {a.protocol['name']}"
+    table = _table(title, "A", "B", "A − B", "95 % paired interval", "")
+    for key, found in differences.items():
+        interval = found["interval"]
+        clear = interval is not None and (interval[0] > 0 or interval[1] < 0)
+        cells = (f"{a[key]:.4f}", f"{b[key]:.4f}", f"{found['difference']:+.4f}", _interval(interval))
+        table.add_row(key, *cells, "leaves out 0" if clear else "", style="bold" if clear else "")
+    return table
+
+
+def tag(args: Namespace) -> int:
+    """A report with its decisive tokens coloured, then a line per span."""
+    from rich.console import Console
+
+    from dive_fast.supervision.lexicon import LexiconTagger
+    from dive_fast.supervision.show import render
+
+    text = files.report_text(args.text, args.file)
+    tagger = LexiconTagger(args.lexicon)
+    spans = tagger(text)
+    tokens = _weighted_tokens(args, text) if args.model else None
+    console = Console(highlight=False)
+    console.print(render(text, spans, tokens=tokens))
+    console.print()
+    if not spans:
+        console.print("No decisive tokens: the lexicon knows none of these words.")
+    for start, end, label in spans:
+        named = ", ".join(map(str, label)) if isinstance(label, tuple) else str(label)
+        console.print(f"  {text[start:end]}  ->  {named}", markup=False)
+    return 0
+
+
+def _weighted_tokens(args: Namespace, text: str):
+    raise InputError("--model: not available")
+
+
+def demo(args: Namespace) -> int:
+    """The comparison on real reports."""
+    from dive_fast.demo import main
+
+    return main(args.output, quick=args.quick, steps=args.steps, eval_reports=args.eval_reports, seed=args.seed)
+
+
+def report(args: Namespace) -> int:
+    """A result file as a page."""
+    from dive_fast.report import write_report
+
+    print(f"The page is {write_report(files.read_json(args.result), args.output)}")
+    return 0
+
+
+def doctor(args: Namespace) -> int:
+    """What is built and usable."""
+    from dive_fast.doctor import main
+
+    return main(json=args.json, probe=args.probe)

@@ -1,0 +1,444 @@
+"""One training run as a YAML file plus `key=value` overrides, checked against the dataclasses that receive the values.
+
+    model: smollm2                    # a short name, a hub id or a local path
+    dtype: bfloat16                   # of the weights; left out: the checkpoint's
+    data: {name: open_i, split: train}    # a data set, its options, and `limit` to take the first records only
+    eval_data: {name: open_i, split: val}
+    steering: {r: 16}                 # fields of dive_fast.DiveConfig
+    supervision: {eos_weight: 4}      # fields of dive_fast.Supervision
+    teacher: {shots: 8}               # fields of dive_fast.Teacher; null or left out: no teacher
+    training: {max_steps: 100}        # fields of dive_fast.train.DiveTrainingArguments
+    output: runs/first
+
+Relative paths mean the directory the command is started in, in the file as on the command line, so that moving a value
+from one to the other never changes it. Scalars follow YAML 1.2: `1e-3` is a number; `no`, `off` and `yes` are text.
+"""
+
+import dataclasses
+import difflib
+import enum
+import importlib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dive_fast.errors import InputError
+
+CLASS_SECTIONS = {
+    "steering": ("dive_fast.steering", "DiveConfig"),
+    "supervision": ("dive_fast.supervision", "Supervision"),
+    "teacher": ("dive_fast.supervision", "Teacher"),
+    "training": ("dive_fast.train", "DiveTrainingArguments"),
+}
+SECTIONS = ("model", "dtype", "data", "eval_data", "steering", "supervision", "teacher", "training", "output")
+
+
+def section_classes() -> dict[str, type]:
+    """The dataclass behind each section that has one; imports torch, so it is called only when a run is read."""
+    return {
+        section: getattr(importlib.import_module(module), name) for section, (module, name) in CLASS_SECTIONS.items()
+    }
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """What one `dive-fast train` run uses. The class sections hold plain values whose keys and types are checked."""
+
+    model: str = "smollm2"
+    dtype: str | None = None
+    data: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "open_i"})
+    eval_data: dict[str, Any] | None = None
+    steering: dict[str, Any] = dataclasses.field(default_factory=dict)
+    supervision: dict[str, Any] = dataclasses.field(default_factory=dict)
+    teacher: dict[str, Any] | None = None
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    output: str | None = None
+
+    def to_yaml(self) -> str:
+        """The run as YAML that `load_config` reads back to an equal RunConfig. Access tokens are left out."""
+        values = dataclasses.asdict(self)
+        values["training"] = {key: value for key, value in self.training.items() if not key.endswith("_token")}
+        return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+    def resolved(self) -> "RunConfig":
+        """The same run with the defaults of this version written out: what `train` stores beside the adapter.
+
+        Only fields that the section's own class declares are added (not the hundred of transformers.TrainingArguments).
+        """
+        filled = {}
+        for section, cls in section_classes().items():
+            given = getattr(self, section)
+            filled[section] = given if given is None else {**_own_defaults(cls), **given}
+        return dataclasses.replace(self, **filled)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file (or start from the defaults), apply overrides, and check every key and type.
+
+    Args:
+        path: the YAML file; None starts from the defaults of RunConfig.
+        overrides: `dotted.key=value`, such as "steering.r=32"; the value is YAML, so `[0, 1]`, `null` and `1e-3` mean
+            what they mean in the file. A later override wins. `data=open_i` is short for `data.name=open_i`.
+
+    Raises:
+        InputError: no such file, a YAML syntax error (with its line), an unknown key (with the nearest known one), or a
+            value of the wrong type (with the key, what was expected and what came).
+    """
+    values, lines = _read_yaml(Path(path)) if path is not None else ({}, {})
+    places = {key: f"{path}:{line}: {key}" for key, line in lines.items()}
+    values.setdefault("data", RunConfig().data)
+    for override in overrides:
+        _apply_override(values, places, override)
+    return _check_run(values, _Places(places, None if path is None else str(path)))
+
+
+class _Places(dict):
+    """Where a dotted key was given, in words for an error message."""
+
+    def __init__(self, places: Mapping[str, str], path: str | None):
+        super().__init__(places)
+        self.path = path
+
+    def __missing__(self, key: str) -> str:
+        return key if self.path is None else f"{self.path}: {key}"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 scalars, because YAML 1.1 reads 1e-3 as text and `eval_strategy: no` as false."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes by the same rules as `_Loader` reads, and writes no anchors."""
+
+    def ignore_aliases(self, data) -> bool:
+        return True
+
+
+_Dumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
+_Dumper.add_multi_representer(set, lambda dumper, values: dumper.represent_list(sorted(values)))
+_Dumper.add_multi_representer(tuple, lambda dumper, values: dumper.represent_list(values))
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_INT, _TIME = "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp"
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT, _INT, _TIME)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _class.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+    _class.add_implicit_resolver(_INT, re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+    _class.add_implicit_resolver(
+        _FLOAT,
+        re.compile(
+            r"^(?:[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        ),
+        list("-+0123456789."),
+    )
+_Loader.add_constructor(_INT, lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def _parse(text: str, source: str) -> tuple[Any, yaml.Node | None]:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return (None if node is None else loader.construct_document(node)), node
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise InputError(f"{source}: not valid YAML: {where}{error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{source}: not valid YAML: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def _read_yaml(path: Path) -> tuple[dict, dict[str, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"configuration {path}: {error.strerror}; expected the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"configuration {path}: expected YAML in UTF-8, got other bytes") from None
+    values, node = _parse(text, str(path))
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected sections such as `model:` and `data:`, got {describe(values)}")
+    lines: dict[str, int] = {}
+    _collect_lines(node, "", lines, str(path))
+    return values, lines
+
+
+def _collect_lines(node: yaml.Node, prefix: str, lines: dict[str, int], source: str) -> None:
+    """Line of each key in the first two levels; a key given twice is an error, where YAML would keep the last."""
+    for key_node, value_node in node.value:
+        key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
+        if key in lines:
+            raise InputError(f"{source}:{line}: {key}: given twice, first on line {lines[key]}; keep one")
+        lines[key] = line
+        if not prefix and isinstance(value_node, yaml.MappingNode):
+            _collect_lines(value_node, f"{key}.", lines, source)
+
+
+def _apply_override(values: dict, places: dict[str, str], override: str) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise InputError(f"override {override!r}: expected key=value, such as steering.r=32 or training.max_steps=100")
+    value, _ = _parse(text, f"override {override!r}")
+    level = values
+    for depth, part in enumerate(parts[:-1]):
+        if depth == 0 and part in ("data", "eval_data"):
+            level[part] = data_section(level.get(part))
+        if level.get(part) is None:
+            level[part] = {}
+        if not isinstance(level[part], dict):
+            inner = ".".join(parts[: depth + 1])
+            raise InputError(f"override {override!r}: {inner} is {describe(level[part])} and holds no keys")
+        level = level[part]
+    level[parts[-1]] = value
+    places[key] = f"override {key}"
+
+
+def _check_run(values: dict, places: _Places) -> RunConfig:
+    for key in values:
+        if key not in SECTIONS:
+            raise InputError(unknown_key(places[str(key)], str(key), SECTIONS))
+    run = RunConfig()
+    for key in ("model", "dtype", "output"):
+        if values.get(key) is not None:
+            setattr(run, key, check_type(values[key], str, places[key]))
+    for key in ("data", "eval_data"):
+        if values.get(key) is not None:
+            setattr(run, key, _check_data(values[key], key, places))
+    if any(values.get(section) is not None for section in CLASS_SECTIONS):
+        classes = section_classes()
+        for section in CLASS_SECTIONS:
+            if values.get(section) is not None:
+                setattr(run, section, _check_section(values[section], section, classes[section], places))
+    return run
+
+
+def _check_data(value: Any, key: str, places: _Places) -> dict[str, Any]:
+    value = check_type(data_section(value), dict[str, Any], places[key])
+    if not isinstance(value.get("name"), str):
+        raise InputError(f"{places[key]}: expected the data set's name, such as name: open_i, got {describe(value)}")
+    if "limit" in value:
+        value["limit"] = check_type(value["limit"], int | None, places[f"{key}.limit"])
+    return value
+
+
+def data_section(value: Any) -> Any:
+    """A data set given by its name, or by the path of a .jsonl, .json or .csv file, as the section it is short for."""
+    if not isinstance(value, str):
+        return value
+    if re.search(r"\.(jsonl|json|csv)(\.gz)?$", value.lower()):
+        return {"name": "json_lines", "path": value}
+    return {"name": value}
+
+
+def data_with_options(name_or_path: str, options: Sequence[str]) -> dict[str, Any]:
+    """A `data` section from a name or path and `key=value` options, checked like one in a file."""
+    values, places = {"data": data_section(name_or_path)}, {}
+    for option in options:
+        _apply_override(values, places, f"data.{option}")
+    return _check_data(values["data"], "data", _Places(places, None))
+
+
+def load_records(section: Mapping[str, Any]) -> list:
+    """The records of a `data` section: `dive_fast.data.load_data` with its options, cut to the first `limit`."""
+    from dive_fast.data import load_data
+
+    options = {key: value for key, value in section.items() if key not in ("name", "limit")}
+    limit = section.get("limit")
+    if limit is not None and limit < 1:
+        raise InputError(f"data.limit: expected a positive number of records, or null for all, got {limit}")
+    return load_data(section["name"], **options)[:limit]
+
+
+def _check_section(value: Any, section: str, cls: type, places: _Places) -> dict[str, Any]:
+    value = check_type(value, dict[str, Any], places[section])
+    fields = {field.name for field in dataclasses.fields(cls) if field.init}
+    if section == "training" and "output_dir" in value:
+        raise InputError(f"{places['training.output_dir']}: the directory is given once, as `output` (or --output)")
+    hints = typing.get_type_hints(cls)
+    checked = {}
+    for key, item in value.items():
+        place = places[f"{section}.{key}"]
+        if key not in fields:
+            raise InputError(unknown_key(place, key, option_help(cls)))
+        checked[key] = check_type(item, hints[key], place)
+    return checked
+
+
+def option_help(cls: type) -> dict[str, str]:
+    """The options of a section and what they are for, without the bookkeeping fields of every PeftConfig."""
+    from peft import PeftConfig
+
+    hidden = {"output_dir"}
+    if issubclass(cls, PeftConfig):
+        hidden |= {field.name for field in dataclasses.fields(PeftConfig)}
+    return {
+        field.name: " ".join(str(field.metadata.get("help", "")).split())
+        for field in dataclasses.fields(cls)
+        if field.init and field.name not in hidden
+    }
+
+
+def unknown_key(place: str, key: str, known: Sequence[str] | Mapping[str, str]) -> str:
+    """The message for a key that is not one of `known`; names the nearest, by its name or by the first word of its help."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+    if not near and isinstance(known, Mapping):
+        near = [name for name, about in known.items() if about.split(" ")[0].lower() == key.lower()]
+    if near:
+        return f"{place}: unknown key; did you mean {near[0]!r}?"
+    listed = [*list(known)[:20], *(["..."] if len(known) > 20 else [])]
+    return f"{place}: unknown key; known are {', '.join(listed)}"
+
+
+def check_type(value: Any, annotation: Any, place: str) -> Any:
+    """`value` as the annotation's type (1 -> 1.0 for float, 1e3 -> 1000 for int, a list -> a tuple), or InputError."""
+    matched, result = _match(value, annotation)
+    if not matched:
+        raise InputError(f"{place}: expected {expected(annotation)}, got {describe(value)}")
+    return result
+
+
+def _match(value: Any, annotation: Any) -> tuple[bool, Any]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return True, value
+    if origin in (typing.Union, types.UnionType):
+        return _match_union(value, arguments)
+    if origin is typing.Annotated:
+        return _match(value, arguments[0])
+    if origin is typing.Literal:
+        return any(type(value) is type(option) and value == option for option in arguments), value
+    return _match_class(value, annotation if origin is None else origin, arguments)
+
+
+def _match_union(value: Any, options: Sequence[Any]) -> tuple[bool, Any]:
+    # `SchedulerType | str` means the names of SchedulerType: the plain str would let any misspelling through.
+    if any(_is_enum(option) for option in options):
+        options = [option for option in options if option is not str]
+    exact = [option for option in options if type(value) is (typing.get_origin(option) or option)]
+    for option in [*exact, *options]:
+        matched, result = _match(value, option)
+        if matched:
+            return True, result
+    return False, value
+
+
+def _match_class(value: Any, cls: Any, arguments: Sequence[Any]) -> tuple[bool, Any]:
+    if cls in (None, type(None)):
+        return value is None, None
+    if cls is float:
+        ok = isinstance(value, int | float) and not isinstance(value, bool)
+        return ok, float(value) if ok else value
+    if cls is int:
+        if isinstance(value, float) and value.is_integer():
+            return True, int(value)
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if cls in (bool, str):
+        return isinstance(value, cls), value
+    if _is_enum(cls):
+        names = [member.value for member in cls]
+        return value in names, value
+    if isinstance(cls, type) and issubclass(cls, Path):
+        return isinstance(value, str), value
+    if isinstance(cls, type) and issubclass(cls, Mapping | dict):
+        return _match_mapping(value, arguments)
+    if isinstance(cls, type) and issubclass(cls, Sequence | set | frozenset):
+        return _match_sequence(value, cls, arguments)
+    return False, value
+
+
+def _match_mapping(value: Any, arguments: Sequence[Any]) -> tuple[bool, Any]:
+    if not isinstance(value, dict):
+        return False, value
+    key_type, item_type = arguments or (Any, Any)
+    pairs = [(_match(key, key_type), _match(item, item_type)) for key, item in value.items()]
+    return all(key[0] and item[0] for key, item in pairs), {key[1]: item[1] for key, item in pairs}
+
+
+def _match_sequence(value: Any, cls: type, arguments: Sequence[Any]) -> tuple[bool, Any]:
+    if not isinstance(value, list | tuple):
+        return False, value
+    fixed = cls is tuple and arguments and Ellipsis not in arguments
+    if fixed and len(arguments) != len(value):
+        return False, value
+    kinds = arguments if fixed else [arguments[0] if arguments else Any] * len(value)
+    items = [_match(item, kind) for item, kind in zip(value, kinds, strict=True)]
+    container = cls if cls in (tuple, set, frozenset) else list
+    return all(matched for matched, _ in items), container(item for _, item in items)
+
+
+def _is_enum(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
+
+
+_PYTHON_ONLY = "nothing that YAML can hold"
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+    Any: "anything",
+}
+
+
+def expected(annotation: Any) -> str:
+    """An annotation in words, for error messages: `int | None` -> "a whole number or null"."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in _WORDS:
+        return _WORDS[annotation]
+    if origin in (typing.Union, types.UnionType):
+        options = [option for option in arguments if option is not str or not any(map(_is_enum, arguments))]
+        words = dict.fromkeys(expected(option) for option in options)
+        return " or ".join([word for word in words if not word.startswith(_PYTHON_ONLY)] or words)
+    if origin is typing.Annotated:
+        return expected(arguments[0])
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if _is_enum(annotation):
+        return "one of " + ", ".join(str(member.value) for member in annotation)
+    cls = origin or annotation
+    if isinstance(cls, type) and issubclass(cls, Path):
+        return "a path"
+    if isinstance(cls, type) and issubclass(cls, Mapping | dict):
+        return "a mapping of key: value"
+    if isinstance(cls, type) and issubclass(cls, Sequence | set | frozenset):
+        kinds = " and ".join(dict.fromkeys(expected(kind) for kind in arguments if kind is not Ellipsis))
+        return f"a list (each {kinds})" if kinds else "a list"
+    return f"{_PYTHON_ONLY} ({getattr(annotation, '__name__', annotation)}); set it from Python"
+
+
+def describe(value: Any) -> str:
+    """A value as it came, in words: 'abc' (text), 3 (a whole number), null, a list, a mapping."""
+    if value is None:
+        return "null"
+    if isinstance(value, dict):
+        return "a mapping" + (f" with the keys {', '.join(map(str, value))}" if value else " without keys")
+    if isinstance(value, list | tuple):
+        return f"the list {value!r}"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value!r} ({_WORDS.get(type(value), type(value).__name__)})"
+
+
+def _own_defaults(cls: type) -> dict[str, Any]:
+    own = cls.__dict__.get("__annotations__", {})
+    defaults = {}
+    for field in dataclasses.fields(cls):
+        if field.name not in own or not field.init or field.name == "output_dir":
+            continue
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if default is None or isinstance(default, bool | int | float | str | list | tuple | dict):
+            defaults[field.name] = list(default) if isinstance(default, tuple) else default
+    return defaults

@@ -1,0 +1,324 @@
+"""`dive-fast demo`: the whole method on real reports and a small frozen language model, on any machine.
+
+SmolLM2-135M-Instruct, frozen, writes the findings of Open-i chest X-ray reports from their tags and indication, with
+R2Gen's split. Four systems meet the same held-out reports: the model as it is, the model with demonstrations in its
+context (the teacher), an open-loop vector per layer, and the hidden-state-dependent adapter.
+"""
+
+import datetime
+import json
+import random
+import shlex
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from dive_fast import doctor, native
+from dive_fast.data import load_data
+from dive_fast.data.demonstrations import DemonstrationPool
+from dive_fast.data.encoding import ReportEncoder
+from dive_fast.data.record import Record
+from dive_fast.decode import GenerateOutput, generate
+from dive_fast.errors import InputError
+from dive_fast.evaluate import evaluate
+from dive_fast.likelihood import report_nll
+from dive_fast.metrics.perplexity import corpus_perplexity
+from dive_fast.models.backbone import load_backbone
+from dive_fast.models.spec import text_config_of
+from dive_fast.report import result_table, write_report
+from dive_fast.steering import DiveConfig
+from dive_fast.supervision import Supervision, Teacher
+from dive_fast.train import TrainResult, train
+
+STEPS = 48
+EVAL_REPORTS = 64
+SHOTS = 4
+BATCH_SIZE = 8
+LEARNING_RATE = 3e-3
+MAX_NEW_TOKENS = 128
+EXAMPLES = 5
+PROTOCOL = "r2gen"
+
+
+@dataclass
+class Budget:
+    """What one run of the demo spends."""
+
+    steps: int
+    eval_reports: int
+    seed: int
+
+
+@dataclass
+class Task:
+    """The frozen model and the reports."""
+
+    model: torch.nn.Module
+    processor: object
+    encoder: ReportEncoder
+    train: list[Record]
+    held_out: list[Record]
+    pool: DemonstrationPool
+
+
+ADAPTERS = {
+    "fixed": (
+        "Open-loop vectors",
+        "one learned vector and strength per layer (LIVE's recipe), the same push at every position",
+        lambda: DiveConfig(kind="fixed"),
+    ),
+    "lowrank": (
+        "Steered (DIVE)",
+        "rank-16 adapter per layer, whose push depends on the current hidden state",
+        lambda: DiveConfig(kind="lowrank", r=16),
+    ),
+}
+
+
+def main(
+    output: str | Path = "demo-output",
+    *,
+    quick: bool = False,
+    steps: int | None = None,
+    eval_reports: int | None = None,
+    seed: int = 0,
+) -> int:
+    """Run the demo; writes adapters, predictions, `result.json` and `report.html` into `output`.
+
+    A run that was cut off goes on where it stopped when it is started again with the same settings.
+
+    Args:
+        quick: a run of about two minutes that shows the path, not the quality.
+        steps: training steps of 8 reports, for each adapter.
+        eval_reports: held-out reports to score.
+
+    Raises:
+        InputError: a number below 1; the model or the reports are not installed; `output` holds another run.
+    """
+    budget = Budget(steps or (6 if quick else STEPS), eval_reports or (8 if quick else EVAL_REPORTS), seed)
+    for name in ("steps", "eval_reports"):
+        if getattr(budget, name) < 1:
+            raise InputError(f"{name}: expected a whole number >= 1, got {getattr(budget, name)}")
+    output = Path(output)
+    console = Console()
+    start = time.perf_counter()
+    with _step(console, "Loading SmolLM2-135M-Instruct (frozen) and the Open-i reports"):
+        task = _load(budget)
+    _describe(console, task, budget)
+    systems = [
+        _score(console, task, output, "zero-shot", "Zero-shot", "baseline", "the frozen model, prompt only"),
+        _score(
+            console,
+            task,
+            output,
+            "teacher",
+            f"{SHOTS}-shot teacher",
+            "teacher",
+            f"the frozen model with {SHOTS} reports of the training set in its context",
+            demonstrations=True,
+        ),
+    ]
+    for name, (label, description, config) in ADAPTERS.items():
+        result, seconds = _train(console, task, output / name, label, config(), budget)
+        entry = _score(console, task, output, name, label, "adapter", description, model=result.model)
+        entry |= {
+            "trainable_parameters": sum(p.numel() for n, p in result.model.named_parameters() if "dive_" in n),
+            "train_seconds": seconds,
+            "history": [{k: h[k] for k in ("step", "loss") if k in h} for h in result.history if "loss" in h],
+        }
+        systems.append(entry)
+        result.model.unload()
+    summary = _summary(task, budget, output, systems, quick, time.perf_counter() - start)
+    (output / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    page = write_report(summary, output / "report.html")
+    console.print()
+    console.print(result_table(summary))
+    console.print(f"Finished in {summary['run']['seconds_total'] / 60:.1f} minutes. Open {page} in a browser.")
+    return 0
+
+
+def best_dtype() -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    try:
+        sets = set(native.load().cpu.instruction_sets())
+    except InputError:
+        return torch.float32
+    return torch.bfloat16 if sets & {"avx512_bf16", "amx_bf16"} else torch.float32
+
+
+def _load(budget: Budget) -> Task:
+    train_records = load_data("open_i", split="train")
+    test = load_data("open_i", split="test")
+    model, processor = load_backbone("smollm2", dtype=best_dtype())
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = ReportEncoder(processor, context_length=text_config_of(model).max_position_embeddings)
+    rng = random.Random(budget.seed)
+    held_out = rng.sample(test, min(budget.eval_reports, len(test)))
+    pool = DemonstrationPool(train_records, SHOTS, "random", budget.seed)
+    return Task(model, processor, encoder, train_records, held_out, pool)
+
+
+def _describe(console: Console, task: Task, budget: Budget) -> None:
+    unseen = sum(bool(record.meta.get("unseen_text")) for record in task.held_out)
+    console.print(
+        f"  {len(task.train)} training reports; {len(task.held_out)} held-out ones, the texts of {unseen} of which do "
+        f"not occur in training.\n  Task: tags and indication in, findings out. {budget.steps} steps of {BATCH_SIZE} "
+        f"reports for each adapter; the backbone stays frozen ({str(task.model.dtype).removeprefix('torch.')})."
+    )
+
+
+def _train(console, task: Task, folder: Path, label: str, steering: DiveConfig, budget: Budget):
+    console.print(f"[bold]Training: {label}[/]")
+    start = time.perf_counter()
+    result: TrainResult = train(
+        task.model,
+        task.train,
+        folder,
+        processor=task.processor,
+        steering=steering,
+        supervision=Supervision(),
+        teacher=Teacher(shots=SHOTS, demos="random", cache_dir=str(folder.parent / "teacher-cache"), seed=budget.seed),
+        args={
+            "max_steps": budget.steps,
+            "per_device_train_batch_size": BATCH_SIZE,
+            "learning_rate": LEARNING_RATE,
+            "logging_steps": 4,
+            "save_steps": 12,
+            "save_total_limit": 1,
+            "seed": budget.seed,
+        },
+        resume=True,
+    )
+    return result, time.perf_counter() - start
+
+
+def _score(
+    console: Console,
+    task: Task,
+    output: Path,
+    name: str,
+    label: str,
+    role: str,
+    description: str,
+    *,
+    model=None,
+    demonstrations: bool = False,
+) -> dict:
+    """Perplexity of the held-out reports, greedy reports of the system's own, and their scores."""
+    model = task.model if model is None else model
+    records = task.held_out
+    with _step(console, f"{label}: perplexity of {len(records)} held-out reports"):
+        nll, tokens = report_nll(
+            model, records, task.encoder, demonstrations=task.pool.for_record if demonstrations else None
+        )
+    with _step(console, f"{label}: writing {len(records)} reports"):
+        start = time.perf_counter()
+        written = generate(
+            model,
+            records,
+            processor=task.processor,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=16,
+            demonstrations=[task.pool.for_record(r) for r in records] if demonstrations else None,
+        )
+        seconds = time.perf_counter() - start
+    _write_predictions(output / f"predictions-{name}.jsonl", records, written)
+    unseen = [i for i, record in enumerate(records) if record.meta.get("unseen_text")]
+    entry = {
+        "name": name,
+        "label": label,
+        "role": role,
+        "description": description,
+        "trainable_parameters": 0,
+        "train_seconds": None,
+        "generate_seconds": seconds,
+        "history": [],
+        "finish": {r: written.finish_reasons.count(r) / len(records) for r in ("eos", "length")},
+        "lengths": [len(text.split()) for text in written.texts],
+        "samples": [
+            {"id": r.id, "prompt": r.prompt, "reference": r.report, "prediction": text}
+            for r, text in list(zip(records, written.texts, strict=True))[:EXAMPLES]
+        ],
+    }
+    entry |= _figures(records, written, nll, tokens, range(len(records)))
+    if len(unseen) > 1:
+        entry["unseen"] = {"n": len(unseen)} | _figures(records, written, nll, tokens, unseen)
+    return entry
+
+
+def _figures(records, written: GenerateOutput, nll, tokens, rows: Sequence[int]) -> dict:
+    perplexity, interval = corpus_perplexity([nll[i] for i in rows], [tokens[i] for i in rows])
+    scores = evaluate(
+        [written.texts[i] for i in rows],
+        [records[i].report for i in rows],
+        protocol=PROTOCOL,
+        finish_reasons=[written.finish_reasons[i] for i in rows],
+        ids=[records[i].id for i in rows],
+    )
+    return {
+        "perplexity": perplexity,
+        "perplexity_interval": list(interval),
+        "scores": dict(scores),
+        "intervals": {name: list(bounds) for name, bounds in scores.intervals.items()},
+    }
+
+
+def _write_predictions(path: Path, records: Sequence[Record], written: GenerateOutput) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = zip(records, written.texts, written.finish_reasons, strict=True)
+    lines = (
+        {"id": r.id, "prompt": r.prompt, "prediction": text, "reference": r.report, "finish_reason": reason}
+        for r, text, reason in rows
+    )
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def _summary(task: Task, budget: Budget, output: Path, systems: list, quick: bool, seconds: float) -> dict:
+    supervision = Supervision()
+    command = ["dive-fast", "demo", "--output", str(output), "--steps", str(budget.steps)]
+    command += ["--eval-reports", str(budget.eval_reports), "--seed", str(budget.seed)]
+    return {
+        "title": "Steering a frozen language model to write chest X-ray findings",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(command),
+        "protocol": PROTOCOL,
+        "run": {
+            "seed": budget.seed,
+            "steps": budget.steps,
+            "batch_size": BATCH_SIZE,
+            "learning_rate": LEARNING_RATE,
+            "shots": SHOTS,
+            "pathology_weight": supervision.pathology_weight,
+            "eos_weight": supervision.eos_weight,
+            "kl_weight": supervision.kl_weight,
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "dtype": str(task.model.dtype).removeprefix("torch."),
+            "quick": quick,
+            "seconds_total": seconds,
+        },
+        "data": {
+            "name": "Open-i chest X-ray reports (Indiana University), R2Gen split",
+            "licence": "CC BY-NC-ND 4.0; texts are read from the installed torchxrayvision package",
+            "train": len(task.train),
+            "eval": len(task.held_out),
+            "unseen": sum(bool(r.meta.get("unseen_text")) for r in task.held_out),
+        },
+        "environment": doctor.environment(),
+        "reference_lengths": [len(r.report.split()) for r in task.held_out],
+        "systems": systems,
+    }
+
+
+@contextmanager
+def _step(console: Console, text: str):
+    start = time.perf_counter()
+    with console.status(text):
+        yield
+    console.print(f"{text} [dim]({time.perf_counter() - start:.0f} s)[/]")
