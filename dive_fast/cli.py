@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 a bug (with its traceback) or a failed `doctor`, 2 wron
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
 from dive_fast.errors import InputError
@@ -16,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    # Libraries warn each other of what they will remove; whoever runs a command can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
     try:
         args = parse(argv)
     except SystemExit as stop:
@@ -158,7 +161,7 @@ def _generate(commands) -> None:
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that sum to P")
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is none (default)")
     sampling.add_argument("--seed", type=int, metavar="S", help="of the draw")
-    sampling.add_argument("--engine", choices=("native", "transformers"), help="default: the fastest that applies")
+    sampling.add_argument("--engine", choices=("transformers",), help="default: the fastest that applies")
 
 
 def _evaluate(commands) -> None:
@@ -212,9 +215,9 @@ def _demo(commands) -> None:
         "train and compare adapters on real reports, and write a page",
         "Train steering adapters on the Open-i reports with a small frozen model, compare them with the\n"
         "model alone and with demonstrations in its context, and write the result as a page.",
-        "  dive-fast demo --quick\n  dive-fast demo --output demo --steps 200 --eval-reports 100 --seed 1",
+        "  dive-fast demo --quick\n  dive-fast demo --output demo-200 --steps 200 --eval-reports 100 --seed 1",
     )
-    parser.add_argument("--output", default="dive_fast_demo", metavar="DIR", help="folder (default dive_fast_demo)")
+    parser.add_argument("--output", default="demo-output", metavar="DIR", help="folder (default demo-output)")
     parser.add_argument("--quick", action="store_true", help="a few minutes instead of the full comparison")
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of each adapter")
     parser.add_argument("--eval-reports", type=int, metavar="N", help="held-out reports to score")
@@ -227,7 +230,7 @@ def _report(commands) -> None:
         "report",
         "render a result as an HTML page",
         "Render a result file, such as the demo's result.json, as one self-contained HTML page.",
-        "  dive-fast report dive_fast_demo/result.json --output report.html",
+        "  dive-fast report demo-output/result.json --output report.html",
     )
     parser.add_argument("result", metavar="RESULT.json")
     parser.add_argument("--output", default="report.html", metavar="FILE", help="the page (default report.html)")

@@ -120,6 +120,7 @@ def _backbone(name: str, dtype: str | None):
 
 def _list_options() -> int:
     from dive_fast import config
+    from dive_fast.config_values import expected
 
     for section, cls in config.section_classes().items():
         print(f"{section}: ({cls.__name__})")
@@ -127,7 +128,7 @@ def _list_options() -> int:
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         for name, about in config.option_help(cls).items():
             default = "" if defaults[name] is dataclasses.MISSING else f", default {_plain(defaults[name])}"
-            print(f"  {section}.{name}: {config.expected(hints[name])}{default}")
+            print(f"  {section}.{name}: {expected(hints[name])}{default}")
             if about:
                 print(f"      {about}")
     return 0
@@ -309,29 +310,43 @@ def _difference_table(args: Namespace, a, b, differences: Mapping):
 
 
 def tag(args: Namespace) -> int:
-    """A report with its decisive tokens coloured, then a line per span."""
+    """A report with its decisive words coloured; with a model, its tokens and what they weigh in the loss."""
     from rich.console import Console
 
     from dive_fast.supervision.lexicon import LexiconTagger
     from dive_fast.supervision.show import render
 
+    if not args.model and (args.pathology_weight is not None or args.eos_weight is not None):
+        raise InputError("--pathology-weight, --eos-weight: they weigh a model's tokens; add --model, such as smollm2")
     text = files.report_text(args.text, args.file)
-    tagger = LexiconTagger(args.lexicon)
-    spans = tagger(text)
-    tokens = _weighted_tokens(args, text) if args.model else None
+    spans = LexiconTagger(args.lexicon)(text)
     console = Console(highlight=False)
-    console.print(render(text, spans, tokens=tokens))
-    console.print()
-    if not spans:
-        console.print("No decisive tokens: the lexicon knows none of these words.")
-    for start, end, label in spans:
-        named = ", ".join(map(str, label)) if isinstance(label, tuple) else str(label)
-        console.print(f"  {text[start:end]}  ->  {named}", markup=False)
+    if not args.model:
+        console.print(render(text, spans))
+        return 0
+    from dive_fast.data.encoding import ReportEncoder
+
+    _, processor = _backbone(args.model, None)
+    response = ReportEncoder(processor).response(text)
+    console.print(render(text, spans, tokens=(response.ids, response.offsets)))
+    print(f"\n{_loss_shares(args, response.offsets, spans)}")
     return 0
 
 
-def _weighted_tokens(args: Namespace, text: str):
-    raise InputError("--model: not available")
+def _loss_shares(args: Namespace, offsets: Sequence[tuple[int, int]], spans: Sequence) -> str:
+    from dive_fast.supervision import Supervision
+    from dive_fast.supervision.weights import decisive_mask, token_weights
+
+    given = {"pathology_weight": args.pathology_weight, "eos_weight": args.eos_weight}
+    settings = Supervision(**{name: value for name, value in given.items() if value is not None})
+    chosen = {name: getattr(settings, name) for name in given}
+    weights, mask = token_weights(offsets, spans, **chosen), decisive_mask(offsets, spans)
+    decisive = sum(weight for weight, inside in zip(weights, mask, strict=False) if inside)
+    return (
+        f"In the loss a decisive token weighs {1 + settings.pathology_weight:g}, the end of the report "
+        f"{1 + settings.eos_weight:g}, any other token 1.\nDecisive tokens carry {decisive / sum(weights):.0%} of the "
+        f"weight ({sum(mask) / len(weights):.0%} of the tokens), the end {weights[-1] / sum(weights):.0%}."
+    )
 
 
 def demo(args: Namespace) -> int:

@@ -16,10 +16,8 @@ from one to the other never changes it. Scalars follow YAML 1.2: `1e-3` is a num
 
 import dataclasses
 import difflib
-import enum
 import importlib
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +25,8 @@ from typing import Any
 
 import yaml
 
+from dive_fast.config_values import check_type, describe
+from dive_fast.config_yaml import dump, parse
 from dive_fast.errors import InputError
 
 CLASS_SECTIONS = {
@@ -63,7 +63,7 @@ class RunConfig:
         """The run as YAML that `load_config` reads back to an equal RunConfig. Access tokens are left out."""
         values = dataclasses.asdict(self)
         values["training"] = {key: value for key, value in self.training.items() if not key.endswith("_token")}
-        return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+        return dump(values)
 
     def resolved(self) -> "RunConfig":
         """The same run with the defaults of this version written out: what `train` stores beside the adapter.
@@ -108,54 +108,6 @@ class _Places(dict):
         return key if self.path is None else f"{self.path}: {key}"
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars, because YAML 1.1 reads 1e-3 as text and `eval_strategy: no` as false."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes by the same rules as `_Loader` reads, and writes no anchors."""
-
-    def ignore_aliases(self, data) -> bool:
-        return True
-
-
-_Dumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
-_Dumper.add_multi_representer(set, lambda dumper, values: dumper.represent_list(sorted(values)))
-_Dumper.add_multi_representer(tuple, lambda dumper, values: dumper.represent_list(values))
-_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
-_INT, _TIME = "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp"
-for _class in (_Loader, _Dumper):
-    _class.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT, _INT, _TIME)]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    _class.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-    _class.add_implicit_resolver(_INT, re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-    _class.add_implicit_resolver(
-        _FLOAT,
-        re.compile(
-            r"^(?:[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-        ),
-        list("-+0123456789."),
-    )
-_Loader.add_constructor(_INT, lambda loader, node: int(loader.construct_scalar(node)))
-
-
-def _parse(text: str, source: str) -> tuple[Any, yaml.Node | None]:
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        return (None if node is None else loader.construct_document(node)), node
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise InputError(f"{source}: not valid YAML: {where}{error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{source}: not valid YAML: {error}") from None
-    finally:
-        loader.dispose()
-
-
 def _read_yaml(path: Path) -> tuple[dict, dict[str, int]]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -163,7 +115,7 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, int]]:
         raise InputError(f"configuration {path}: {error.strerror}; expected the path of a YAML file") from None
     except UnicodeDecodeError:
         raise InputError(f"configuration {path}: expected YAML in UTF-8, got other bytes") from None
-    values, node = _parse(text, str(path))
+    values, node = parse(text, str(path))
     if values is None:
         return {}, {}
     if not isinstance(values, dict):
@@ -190,7 +142,7 @@ def _apply_override(values: dict, places: dict[str, str], override: str) -> None
     parts = key.split(".")
     if not equals or not all(parts):
         raise InputError(f"override {override!r}: expected key=value, such as steering.r=32 or training.max_steps=100")
-    value, _ = _parse(text, f"override {override!r}")
+    value, _ = parse(text, f"override {override!r}")
     level = values
     for depth, part in enumerate(parts[:-1]):
         if depth == 0 and part in ("data", "eval_data"):
@@ -291,7 +243,7 @@ def option_help(cls: type) -> dict[str, str]:
 
 
 def unknown_key(place: str, key: str, known: Sequence[str] | Mapping[str, str]) -> str:
-    """The message for a key that is not one of `known`; names the nearest, by its name or by the first word of its help."""
+    """The message for a key that is not one of `known`; names the nearest, by name or by the first word of its help."""
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
     if not near and isinstance(known, Mapping):
         near = [name for name, about in known.items() if about.split(" ")[0].lower() == key.lower()]
@@ -299,137 +251,6 @@ def unknown_key(place: str, key: str, known: Sequence[str] | Mapping[str, str]) 
         return f"{place}: unknown key; did you mean {near[0]!r}?"
     listed = [*list(known)[:20], *(["..."] if len(known) > 20 else [])]
     return f"{place}: unknown key; known are {', '.join(listed)}"
-
-
-def check_type(value: Any, annotation: Any, place: str) -> Any:
-    """`value` as the annotation's type (1 -> 1.0 for float, 1e3 -> 1000 for int, a list -> a tuple), or InputError."""
-    matched, result = _match(value, annotation)
-    if not matched:
-        raise InputError(f"{place}: expected {expected(annotation)}, got {describe(value)}")
-    return result
-
-
-def _match(value: Any, annotation: Any) -> tuple[bool, Any]:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is Any:
-        return True, value
-    if origin in (typing.Union, types.UnionType):
-        return _match_union(value, arguments)
-    if origin is typing.Annotated:
-        return _match(value, arguments[0])
-    if origin is typing.Literal:
-        return any(type(value) is type(option) and value == option for option in arguments), value
-    return _match_class(value, annotation if origin is None else origin, arguments)
-
-
-def _match_union(value: Any, options: Sequence[Any]) -> tuple[bool, Any]:
-    # `SchedulerType | str` means the names of SchedulerType: the plain str would let any misspelling through.
-    if any(_is_enum(option) for option in options):
-        options = [option for option in options if option is not str]
-    exact = [option for option in options if type(value) is (typing.get_origin(option) or option)]
-    for option in [*exact, *options]:
-        matched, result = _match(value, option)
-        if matched:
-            return True, result
-    return False, value
-
-
-def _match_class(value: Any, cls: Any, arguments: Sequence[Any]) -> tuple[bool, Any]:
-    if cls in (None, type(None)):
-        return value is None, None
-    if cls is float:
-        ok = isinstance(value, int | float) and not isinstance(value, bool)
-        return ok, float(value) if ok else value
-    if cls is int:
-        if isinstance(value, float) and value.is_integer():
-            return True, int(value)
-        return isinstance(value, int) and not isinstance(value, bool), value
-    if cls in (bool, str):
-        return isinstance(value, cls), value
-    if _is_enum(cls):
-        names = [member.value for member in cls]
-        return value in names, value
-    if isinstance(cls, type) and issubclass(cls, Path):
-        return isinstance(value, str), value
-    if isinstance(cls, type) and issubclass(cls, Mapping | dict):
-        return _match_mapping(value, arguments)
-    if isinstance(cls, type) and issubclass(cls, Sequence | set | frozenset):
-        return _match_sequence(value, cls, arguments)
-    return False, value
-
-
-def _match_mapping(value: Any, arguments: Sequence[Any]) -> tuple[bool, Any]:
-    if not isinstance(value, dict):
-        return False, value
-    key_type, item_type = arguments or (Any, Any)
-    pairs = [(_match(key, key_type), _match(item, item_type)) for key, item in value.items()]
-    return all(key[0] and item[0] for key, item in pairs), {key[1]: item[1] for key, item in pairs}
-
-
-def _match_sequence(value: Any, cls: type, arguments: Sequence[Any]) -> tuple[bool, Any]:
-    if not isinstance(value, list | tuple):
-        return False, value
-    fixed = cls is tuple and arguments and Ellipsis not in arguments
-    if fixed and len(arguments) != len(value):
-        return False, value
-    kinds = arguments if fixed else [arguments[0] if arguments else Any] * len(value)
-    items = [_match(item, kind) for item, kind in zip(value, kinds, strict=True)]
-    container = cls if cls in (tuple, set, frozenset) else list
-    return all(matched for matched, _ in items), container(item for _, item in items)
-
-
-def _is_enum(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
-
-
-_PYTHON_ONLY = "nothing that YAML can hold"
-_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    type(None): "null",
-    Any: "anything",
-}
-
-
-def expected(annotation: Any) -> str:
-    """An annotation in words, for error messages: `int | None` -> "a whole number or null"."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in _WORDS:
-        return _WORDS[annotation]
-    if origin in (typing.Union, types.UnionType):
-        options = [option for option in arguments if option is not str or not any(map(_is_enum, arguments))]
-        words = dict.fromkeys(expected(option) for option in options)
-        return " or ".join([word for word in words if not word.startswith(_PYTHON_ONLY)] or words)
-    if origin is typing.Annotated:
-        return expected(arguments[0])
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if _is_enum(annotation):
-        return "one of " + ", ".join(str(member.value) for member in annotation)
-    cls = origin or annotation
-    if isinstance(cls, type) and issubclass(cls, Path):
-        return "a path"
-    if isinstance(cls, type) and issubclass(cls, Mapping | dict):
-        return "a mapping of key: value"
-    if isinstance(cls, type) and issubclass(cls, Sequence | set | frozenset):
-        kinds = " and ".join(dict.fromkeys(expected(kind) for kind in arguments if kind is not Ellipsis))
-        return f"a list (each {kinds})" if kinds else "a list"
-    return f"{_PYTHON_ONLY} ({getattr(annotation, '__name__', annotation)}); set it from Python"
-
-
-def describe(value: Any) -> str:
-    """A value as it came, in words: 'abc' (text), 3 (a whole number), null, a list, a mapping."""
-    if value is None:
-        return "null"
-    if isinstance(value, dict):
-        return "a mapping" + (f" with the keys {', '.join(map(str, value))}" if value else " without keys")
-    if isinstance(value, list | tuple):
-        return f"the list {value!r}"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return f"{value!r} ({_WORDS.get(type(value), type(value).__name__)})"
 
 
 def _own_defaults(cls: type) -> dict[str, Any]:

@@ -35,12 +35,12 @@ from dive_fast.steering import DiveConfig
 from dive_fast.supervision import Supervision, Teacher
 from dive_fast.train import TrainResult, train
 
-STEPS = 48
+STEPS = 40
 EVAL_REPORTS = 64
 SHOTS = 4
 BATCH_SIZE = 8
 LEARNING_RATE = 3e-3
-MAX_NEW_TOKENS = 128
+MAX_NEW_TOKENS = 96
 EXAMPLES = 5
 PROTOCOL = "r2gen"
 

@@ -26,10 +26,9 @@ class Extra(NamedTuple):
 
 EXTRAS = {
     "eval": Extra("BLEU, ROUGE-L, CIDEr, METEOR", ("pycocoevalcap",), "pip install 'dive_fast[eval]'"),
-    "report": Extra("plots", ("matplotlib",), "pip install 'dive_fast[report]'"),
     "demo": Extra(
         "`dive-fast demo`",
-        ("gguf", "matplotlib", "pycocoevalcap"),
+        ("gguf", "pycocoevalcap"),
         "pip install 'dive_fast[demo]'",
     ),
     # Their own requirements pull in gigabytes that are never imported here, hence --no-deps and no extra.

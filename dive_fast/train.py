@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,7 @@ def train(
     model, processor = _model_and_processor(model_or_path, processor, steering)
     base = model.get_base_model()
     encoder = ReportEncoder(processor, context_length=text_config_of(base).max_position_embeddings)
+    encoder.check_lengths([*records, *(eval_records or ())])
     runner = None
     if teacher is not None:
         runner = TeacherRunner(
@@ -125,16 +127,21 @@ def train(
         )
     setup = _setup(model, records, supervision, teacher, runner, arguments)
     checkpoint = _prepare_output(output_dir, setup, resume)
-    trainer = DiveTrainer(
-        model,
-        arguments,
-        train_records=records,
-        eval_records=eval_records,
-        encoder=encoder,
-        supervision=supervision,
-        teacher=runner,
-        callbacks=[_StopOnInterrupt()],
-    )
+    try:
+        trainer = DiveTrainer(
+            model,
+            arguments,
+            train_records=records,
+            eval_records=eval_records,
+            encoder=encoder,
+            supervision=supervision,
+            teacher=runner,
+            callbacks=[_StopOnInterrupt()],
+        )
+    except RuntimeError as error:  # a tracker of report_to that is not installed
+        raise InputError(f"args: {error}") from error
+    if arguments.should_save:
+        (output_dir / SETUP_FILE).write_text(json.dumps(setup, indent=1) + "\n", encoding="utf-8")
     return _run(trainer, output_dir, checkpoint)
 
 
@@ -271,13 +278,12 @@ def _prepare_output(output_dir: Path, setup: dict, resume: bool) -> Path | None:
                 "give the same ones, or another output_dir"
             )
         return checkpoints.newest_complete(output_dir)
-    if output_dir.exists() and checkpoints.checkpoints(output_dir):
-        raise InputError(
-            f"output_dir: {output_dir} holds checkpoints of another run; pass resume=True or another folder"
-        )
+    if checkpoints.checkpoints(output_dir) or (output_dir / "adapter_model.safetensors").exists():
+        raise InputError(f"output_dir: {output_dir} holds another run; pass resume=True or another folder")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(setup, indent=1) + "\n", encoding="utf-8")
+        if not os.access(output_dir, os.W_OK):
+            raise PermissionError("no permission to write")
     except OSError as error:
         raise InputError(f"output_dir: {output_dir} cannot be written ({error})") from error
     return None

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,9 +31,8 @@ def read_lines(path: Path) -> list[dict]:
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    return lines(
-        tmp_path / "data.jsonl", [{"id": f"r{i}", "prompt": f"Case {i}", "report": text} for i, text in enumerate(REPORTS)]
-    )
+    rows = [{"id": f"r{i}", "prompt": f"Case {i}", "report": text} for i, text in enumerate(REPORTS)]
+    return lines(tmp_path / "data.jsonl", rows)
 
 
 @pytest.fixture
@@ -157,7 +157,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 def test_train_hands_on_what_the_run_says(training, data, tmp_path, capsys):
     run = tmp_path / "run.yaml"
-    run.write_text(f"model: m\ndata: {data}\nsteering: {{r: 8}}\nteacher: {{shots: 1}}\noutput: {tmp_path / 'unused'}\n")
+    unused = tmp_path / "unused"
+    run.write_text(f"model: m\ndata: {data}\nsteering: {{r: 8}}\nteacher: {{shots: 1}}\noutput: {unused}\n")
     output = tmp_path / "out"
     argv = ["train", str(run), "steering.r=4", "--output", str(output), "training.max_steps=7", "dtype=bfloat16"]
     assert cli.main(argv) == 0
@@ -170,7 +171,7 @@ def test_train_hands_on_what_the_run_says(training, data, tmp_path, capsys):
     stored = config.load_config(output / "run.yaml")
     assert stored.steering["r"] == 4 and stored.output == str(output) and stored.training["max_steps"] == 7
     assert "train_loss: 1.25" in capsys.readouterr().out
-    assert not (tmp_path / "unused").exists()
+    assert not unused.exists()
 
 
 def test_train_defaults_have_no_teacher(training, data, tmp_path):
@@ -233,9 +234,9 @@ def test_interrupted_training_says_where_it_is_saved(training, data, tmp_path, c
 def test_list_options(capsys):
     assert cli.main(["train", "--list-options"]) == 0
     shown = capsys.readouterr().out
-    for part in ("steering.r: a whole number, default 16", "supervision.eos_weight", "teacher.shots", "training.max_steps"):
-        assert part in shown
-    assert "output_dir" not in shown and "peft_type" not in shown
+    assert "steering.r: a whole number, default 16" in shown
+    assert all(name in shown for name in ("supervision.eos_weight", "teacher.shots", "training.max_steps"))
+    assert "training.output_dir" not in shown and "peft_type" not in shown
 
 
 # generate
@@ -245,10 +246,11 @@ def test_generate_writes_predictions(generation, data, tmp_path, capsys):
     output = tmp_path / "sub" / "p.jsonl"
     argv = ["generate", "--model", "m", "--adapter", "a", "--data", str(data), "--output", str(output), "--limit", "2"]
     assert cli.main([*argv, "--batch-size", "1", "--temperature", "0.5", "--top-k", "3", "--seed", "4"]) == 0
-    assert read_lines(output) == [
-        {"id": f"r{i}", "prompt": f"Case {i}", "prediction": f"CASE {i}", "reference": REPORTS[i], "finish_reason": "eos"}
-        for i in range(2)
+    assert [list(row.values()) for row in read_lines(output)] == [
+        ["r0", "Case 0", "CASE 0", REPORTS[0], "eos"],
+        ["r1", "Case 1", "CASE 1", REPORTS[1], "eos"],
     ]
+    assert list(read_lines(output)[0]) == ["id", "prompt", "prediction", "reference", "finish_reason"]
     assert [len(call.records) for call in generation.calls] == [1, 1]
     assert generation.adapters == ["a"] and generation.calls[0].model == "model m + a"
     options = generation.calls[0].options
@@ -385,6 +387,59 @@ def test_evaluate_refuses_other_reports(tmp_path, capsys):
     assert "expected an 'id'" in capsys.readouterr().err
     assert cli.main(["evaluate", str(tmp_path / "none.jsonl")]) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+# tag
+
+
+def test_tag_from_argument_file_and_pipe(tmp_path, capsys, monkeypatch):
+    assert cli.main(["tag", REPORTS[1]]) == 0
+    shown = capsys.readouterr().out
+    assert "Pleural Effusion" in shown and "Pneumothorax" in shown
+    (tmp_path / "report.txt").write_text(REPORTS[1] + "\n")
+    assert cli.main(["tag", "--file", str(tmp_path / "report.txt")]) == 0
+    assert capsys.readouterr().out == shown
+    monkeypatch.setattr(sys, "stdin", io.StringIO(REPORTS[1] + "\n"))
+    assert cli.main(["tag"]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_tag_takes_a_report_as_text_not_as_markup(capsys):
+    assert cli.main(["tag", "[bold]No effusion.[/bold] :heart:"]) == 0
+    assert "[bold]" in capsys.readouterr().out
+
+
+def test_tag_shows_what_tokens_weigh(monkeypatch, capsys):
+    class Words:
+        """A tokenizer of words, as far as offsets go."""
+
+        is_fast, eos_token_id = True, 0
+
+        def __call__(self, text, **options):
+            offsets = [(m.start(), m.end()) for m in re.finditer(r"\S+", text)]
+            return {"input_ids": list(range(len(offsets))), "offset_mapping": offsets}
+
+    monkeypatch.setattr("dive_fast.models.backbone.load_backbone", lambda name, dtype=None: (None, Words()))
+    # The weights 1 + 3 on one word of three and 1 + 1 on the end: 4 / (4 + 1 + 1 + 2) = 50 %, the end 25 %.
+    argv = ["tag", "Cardiomegaly, two views.", "--model", "m", "--pathology-weight", "3", "--eos-weight", "1"]
+    assert cli.main(argv) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "a decisive token weighs 4, the end of the report 2" in shown
+    assert "carry 50% of the weight (25% of the tokens), the end 25%" in shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["", "--model", "m"], "only white space"),
+        (["--file", "none.txt"], "No such file"),
+        (["No effusion.", "--lexicon", "none.yaml"], "none.yaml"),
+        (["No effusion.", "--eos-weight", "2"], "add --model"),
+    ],
+)
+def test_tag_refuses(argv, words, capsys):
+    assert cli.main(["tag", *argv]) == 2
+    assert words in capsys.readouterr().err
 
 
 # demo, doctor, report

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from dive_fast import config
+from dive_fast.config_values import check_type
 from dive_fast.errors import InputError
 
 
@@ -255,7 +256,7 @@ def test_resolved_writes_out_own_defaults_and_no_token(written):
     ],
 )
 def test_check_type(value, annotation, result):
-    assert config.check_type(value, annotation, "key") == result
+    assert check_type(value, annotation, "key") == result
 
 
 def test_data_with_options():

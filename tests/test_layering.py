@@ -31,8 +31,8 @@ ALLOWED = {
     "steering": {"models", "ops"},
     # the plan takes the adapter's weights and the positions they apply to; inputs may be records
     "decode": {"native", "models", "ops", "steering", "data"},
-    # the teacher's statistics are a function of the loss op, its contexts are made of records
-    "supervision": {"ops", "data"},
+    # the teacher is a model that is run: its contexts are made of records, its statistics are a function of the loss op
+    "supervision": {"ops", "data", "models"},
     "data": set(),
     "metrics": set(),
     "likelihood": LOWER,
@@ -57,6 +57,8 @@ PART_OF = {
     "report_assets": "report",
     "cli_commands": "cli",
     "cli_files": "cli",
+    "config_values": "config",
+    "config_yaml": "config",
 }
 
 OPTIONAL = ("triton", "datasets", "matplotlib", "pycocoevalcap")

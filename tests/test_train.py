@@ -393,7 +393,7 @@ def test_bad_input_is_refused_by_name(tmp_path, change, message):
 def test_an_output_folder_of_another_run_is_refused(tmp_path):
     args = {"save_strategy": "steps", "save_steps": 2}
     run(tmp_path, args=args)
-    with pytest.raises(InputError, match="holds checkpoints of another run"):
+    with pytest.raises(InputError, match="holds another run"):
         run(tmp_path, args=args)
     with pytest.raises(InputError, match=r"other settings \(steering\.r, training\.learning_rate\)"):
         run(tmp_path, steering=dive_fast.DiveConfig(r=2), args=args | {"learning_rate": 0.1}, resume=True)

@@ -125,6 +125,26 @@ class ReportEncoder:
                 )
         return dict(batch)
 
+    def check_lengths(self, records: Sequence) -> None:
+        """Refuse records whose text alone overflows the context, before anything is trained.
+
+        What images add is known only when they are read; `prompts` checks it then.
+
+        Raises:
+            InputError: names the first record that does not fit.
+        """
+        if self.context_length is None:
+            return
+        for start in range(0, len(records), 1024):
+            part = records[start : start + 1024]
+            texts = [self.prompt_text(record) + record.report for record in part]
+            for record, ids in zip(part, self.tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+                if len(ids) >= self.context_length:
+                    raise InputError(
+                        f"record {record.id!r}: prompt and report have {len(ids) + 1} tokens, "
+                        f"the model's context has {self.context_length}"
+                    )
+
     @staticmethod
     def _without_gaps(images):
         raise InputError("a batch mixes records with and without images; group them or give every record an image")

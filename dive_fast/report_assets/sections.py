@@ -213,8 +213,8 @@ def examples(result: Mapping, highlight: Highlight) -> str:
     ]
     legend = (
         '<ul class="legend" aria-label="How decisive tokens are marked">'
-        '<li><mark class="decisive present">present</mark></li><li><mark class="decisive absent">absent</mark></li>'
-        '<li><mark class="decisive uncertain">uncertain</mark></li></ul>'
+        '<li><mark class="present">present</mark></li><li><mark class="absent">absent</mark></li>'
+        '<li><mark class="uncertain">uncertain</mark></li></ul>'
     )
     lead = (
         "Decisive tokens are marked by what the report says of the finding. Under each text: its findings that the "
@@ -279,4 +279,10 @@ def _facts(values: Mapping) -> str:
 def _fact(key: str, value: Any) -> str:
     if str(key).startswith("seconds") and isinstance(value, int | float):
         return seconds(value)
+    if isinstance(value, Mapping):
+        return escape(", ".join(f"{name} {item}" for name, item in value.items()))
+    if isinstance(value, list | tuple):
+        return escape(", ".join(map(str, value)))
+    if value is None:
+        return "–"
     return escape(f"{value:g}" if isinstance(value, float) else str(value))

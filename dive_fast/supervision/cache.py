@@ -20,7 +20,7 @@ from torch import nn
 
 FORMAT = "dive_fast teacher 1"
 SAMPLED_VALUES = 256
-"""Values per weight tensor that go into a model's fingerprint: hashing 14 GB for every run would cost more than it saves."""
+"""Values per weight tensor in a model's fingerprint: hashing 14 GB for every run would cost more than it saves."""
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,9 @@ def model_fingerprint(model: nn.Module) -> str:
         if "dive_" in name:
             continue
         flat = tensor.detach().reshape(-1)
-        index = torch.linspace(0, max(flat.numel() - 1, 0), min(flat.numel(), SAMPLED_VALUES), device=flat.device)
-        values = flat[index.round().long()].double().cpu()
+        count = min(flat.numel(), SAMPLED_VALUES)
+        index = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
+        values = flat[index].double().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         digest.update(tensor_bytes(values))
     return digest.hexdigest()

@@ -1,0 +1,63 @@
+"""YAML with the scalars of YAML 1.2, because YAML 1.1 reads 1e-3 as text and `eval_strategy: no` as false."""
+
+import enum
+import re
+from typing import Any
+
+import yaml
+
+from dive_fast.errors import InputError
+
+
+class Loader(yaml.SafeLoader):
+    """SafeLoader whose scalars are those of YAML 1.2."""
+
+
+class Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes by the same rules as `Loader` reads, and writes no anchors."""
+
+    def ignore_aliases(self, data) -> bool:
+        return True
+
+
+Dumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
+Dumper.add_multi_representer(set, lambda dumper, values: dumper.represent_list(sorted(values)))
+Dumper.add_multi_representer(tuple, lambda dumper, values: dumper.represent_list(values))
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_INT, _TIME = "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp"
+for _class in (Loader, Dumper):
+    _class.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT, _INT, _TIME)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _class.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+    _class.add_implicit_resolver(_INT, re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+    _class.add_implicit_resolver(
+        _FLOAT,
+        re.compile(
+            r"^(?:[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        ),
+        list("-+0123456789."),
+    )
+Loader.add_constructor(_INT, lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def dump(values: dict) -> str:
+    """`values` as text that `parse` reads back."""
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def parse(text: str, source: str) -> tuple[Any, yaml.Node | None]:
+    """(the document, its node tree with line numbers); InputError, headed by `source`, where it is not YAML."""
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        return (None if node is None else loader.construct_document(node)), node
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise InputError(f"{source}: not valid YAML: {where}{error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{source}: not valid YAML: {error}") from None
+    finally:
+        loader.dispose()

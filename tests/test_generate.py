@@ -1,0 +1,162 @@
+"""`dive_fast.generate` against transformers' own generate, on text and on films."""
+
+import peft
+import pytest
+import torch
+from transformers import TextIteratorStreamer
+
+import dive_fast
+from dive_fast.data.films import generated_films
+from dive_fast.data.record import Record
+from dive_fast.errors import InputError
+from dive_fast.models.smol_llava import build_smol_llava
+from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
+
+PROMPTS = ["Indication: cough.", "Indication: fever and chest pain for three days. Tags: normal.", "Tags: effusion."]
+EOS = 2
+
+
+def steered(**config):
+    model = peft.get_peft_model(tiny_llama(), dive_fast.DiveConfig(r=4, **config)).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "dive_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def reference(model, tokenizer, prompt, steps):
+    """Greedy decoding by recomputing the whole row at every step."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    length, new = ids.shape[1], []
+    for _ in range(steps):
+        positions = torch.arange(ids.shape[1])[None] >= length - 1
+        token = model(input_ids=ids, response_positions=positions).logits[0, -1].argmax()
+        new.append(int(token))
+        ids = torch.cat([ids, token.reshape(1, 1)], dim=1)
+        if token == EOS:
+            break
+    return new
+
+
+def test_greedy_rows_equal_uncached_single_row_decoding():
+    model, tokenizer = steered(), tiny_tokenizer()
+    out = dive_fast.generate(model, PROMPTS, processor=tokenizer, max_new_tokens=12, batch_size=2)
+    assert [s.tolist() for s in out.sequences] == [reference(model, tokenizer, p, 12) for p in PROMPTS]
+    assert out.texts == tokenizer.batch_decode(out.sequences, skip_special_tokens=True)
+    assert out.stats["engine"] == "transformers" and out.stats["rows"] == 3
+    assert out.stats["new_tokens"] == sum(len(s) for s in out.sequences)
+
+
+@pytest.mark.parametrize("pad_token", ["<|endoftext|>", "<|im_end|>"])
+def test_rows_end_at_eos_and_say_so(pad_token):
+    """A head that prefers EOS after some tokens, also where the padding token is EOS."""
+    model, tokenizer = tiny_llama(), tiny_tokenizer(pad_token=pad_token)
+    seen = {}
+
+    def push_eos(module, args, output):
+        step = seen["step"] = seen.get("step", -1) + 1
+        output[:, -1, EOS] = torch.tensor([100.0 if step == 2 + 3 * row else -100.0 for row in range(len(output))])
+        return output
+
+    handle = model.lm_head.register_forward_hook(push_eos)
+    out = dive_fast.generate(model, PROMPTS[:2], processor=tokenizer, max_new_tokens=5)
+    handle.remove()
+    assert sorted(len(s) for s in out.sequences) == [3, 5]
+    ended = [len(s) == 3 for s in out.sequences]
+    assert [r == "eos" for r in out.finish_reasons] == ended
+    assert all((int(s[-1]) == EOS) == e and EOS not in s[:-1] for s, e in zip(out.sequences, ended, strict=True))
+
+
+def test_an_encoded_batch_gives_the_same_rows_as_prompts():
+    model, tokenizer = steered(), tiny_tokenizer()
+    from dive_fast.data.encoding import ReportEncoder
+
+    batch = ReportEncoder(tokenizer).prompts([Record("a", p, "") for p in PROMPTS])
+    out = dive_fast.generate(model, batch, max_new_tokens=8)
+    again = dive_fast.generate(model, PROMPTS, processor=tokenizer, max_new_tokens=8)
+    assert out.texts is None
+    assert all(torch.equal(a, b) for a, b in zip(out.sequences, again.sequences, strict=True))
+
+
+def test_sampling_repeats_with_a_seed():
+    model, tokenizer = steered(), tiny_tokenizer()
+    options = {"processor": tokenizer, "max_new_tokens": 12, "temperature": 1.0, "top_k": 50, "top_p": 0.95}
+    first, again, other = (dive_fast.generate(model, PROMPTS, seed=s, **options).texts for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_min_new_tokens_and_repetition_penalty_reach_the_decoder():
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    handle = model.lm_head.register_forward_hook(lambda m, a, o: o.index_fill(-1, torch.tensor([EOS]), 1e3))
+    assert [len(s) for s in dive_fast.generate(model, PROMPTS, processor=tokenizer, max_new_tokens=9).sequences] == [1] * 3
+    out = dive_fast.generate(model, PROMPTS, processor=tokenizer, max_new_tokens=9, min_new_tokens=4)
+    assert [len(s) for s in out.sequences] == [5] * 3
+    handle.remove()
+    plain = dive_fast.generate(model, PROMPTS, processor=tokenizer, max_new_tokens=30)
+    varied = dive_fast.generate(model, PROMPTS, processor=tokenizer, max_new_tokens=30, repetition_penalty=5.0)
+    assert len(set(varied.sequences[0].tolist())) > len(set(plain.sequences[0].tolist()))
+
+
+def test_adapter_names_follow_the_rows_through_batching():
+    model, tokenizer = steered(), tiny_tokenizer()
+    alone = dive_fast.generate(model, PROMPTS, processor=tokenizer, max_new_tokens=8).texts
+    with model.disable_adapter():
+        base = dive_fast.generate(model, PROMPTS, processor=tokenizer, max_new_tokens=8).texts
+    mixed = dive_fast.generate(
+        model, PROMPTS, processor=tokenizer, max_new_tokens=8, adapter_names=["__base__", "default", "__base__"], batch_size=2
+    )
+    assert mixed.texts == [base[0], alone[1], base[2]]
+
+
+def test_streaming_shows_the_text_that_is_returned():
+    model, tokenizer = steered(), tiny_tokenizer()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    out = dive_fast.generate(model, PROMPTS[0], processor=tokenizer, max_new_tokens=12, streamer=streamer)
+    assert "".join(streamer) == out.texts[0]
+
+
+def test_films_steer_what_is_written():
+    model, processor = build_smol_llava()
+    model = peft.get_peft_model(model, dive_fast.DiveConfig(r=4)).eval()
+    films = generated_films(3, seed=1)
+    out = dive_fast.generate(model, films, processor=processor, max_new_tokens=6, batch_size=2)
+    swapped = [Record(f.id, f.prompt, f.report, g.images) for f, g in zip(films, reversed(films), strict=True)]
+    other = dive_fast.generate(model, swapped, processor=processor, max_new_tokens=6, batch_size=2)
+    assert torch.equal(out.sequences[1], other.sequences[1])
+    batch = processor.tokenizer.pad_token_id
+    assert batch is not None and len(out.texts) == 3
+
+
+@pytest.mark.parametrize(
+    "inputs, options, message",
+    [
+        ([], {}, "inputs: nothing"),
+        ([" "], {}, "prompt 0 is empty"),
+        ([3], {}, "item 0 is a int"),
+        ({"attention_mask": 1}, {}, "needs input_ids"),
+        (PROMPTS, {"engine": "native"}, "engine: expected None or 'transformers', got 'native'"),
+        (PROMPTS, {"max_new_tokens": 0}, "max_new_tokens: expected a whole number >= 1"),
+        (PROMPTS, {"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens: 9 is more"),
+        (PROMPTS, {"temperature": -1}, "temperature"),
+        (PROMPTS, {"top_p": 1.5, "temperature": 1.0}, "top_p"),
+        (PROMPTS, {"top_k": 5}, "give a temperature"),
+        (PROMPTS, {"repetition_penalty": 0}, "repetition_penalty"),
+        (PROMPTS, {"batch_size": 0}, "batch_size"),
+        (PROMPTS, {"adapter_names": ["default"]}, "one name per row"),
+        (PROMPTS, {"streamer": object()}, "one row"),
+        (["word " * 3000], {}, "fills the model's context"),
+        (["word " * 15], {"max_new_tokens": 2040}, "lower max_new_tokens"),
+        ([generated_films(1)[0]], {}, "has images"),
+    ],
+)
+def test_bad_input_is_refused_by_name(inputs, options, message):
+    with pytest.raises(InputError, match=message):
+        dive_fast.generate(steered(), inputs, processor=tiny_tokenizer(), **options)
+
+
+def test_prompts_without_a_processor_are_refused():
+    with pytest.raises(InputError, match="processor:"):
+        dive_fast.generate(steered(), PROMPTS)

@@ -1,0 +1,198 @@
+"""The teacher, its cache, and training on films."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dive_fast
+from dive_fast.data.encoding import ReportEncoder, append_responses
+from dive_fast.data.films import generated_films, load_films, split_by_patient
+from dive_fast.data.record import Record
+from dive_fast.errors import InputError
+from dive_fast.likelihood import report_nll
+from dive_fast.models.smol_llava import build_smol_llava
+from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
+from dive_fast.supervision.cache import model_fingerprint
+from dive_fast.supervision.teacher import TeacherRunner
+
+RECORDS = [Record(f"r{i}", f"Indication: case {i}.", f"finding number {i}.") for i in range(8)]
+FILMS = __import__("pathlib").Path(__file__).parents[2] / "shared" / "data" / "cxr_pairs"
+
+
+def runner(model=None, records=RECORDS, cache=None, tokenizer=None, **teacher):
+    settings = dive_fast.Teacher(shots=2, **teacher)
+    encoder = ReportEncoder(tokenizer or tiny_tokenizer())
+    return TeacherRunner(model or tiny_llama(), encoder, settings.demonstration_pool(records), cache_dir=cache)
+
+
+def test_a_second_run_reads_the_cache_and_gets_the_same_bits(tmp_path):
+    first = runner(cache=tmp_path)
+    targets = [first.targets(record) for record in RECORDS]
+    assert first.passes == len(RECORDS)
+    assert [first.targets(record) for record in RECORDS] and first.passes == len(RECORDS)  # memory
+    second = runner(cache=tmp_path)
+    for record, target in zip(RECORDS, targets, strict=True):
+        again = second.targets(record)
+        assert torch.equal(again.statistics.mean_weight, target.statistics.mean_weight)
+        assert torch.equal(again.statistics.negative_entropy, target.statistics.negative_entropy)
+    assert second.passes == 0
+
+
+@pytest.mark.parametrize("change", ["model", "demonstrations", "report", "prompt", "tokenizer"])
+def test_a_changed_input_is_never_served_from_the_cache(tmp_path, change):
+    runner(cache=tmp_path).targets(RECORDS[0])
+    record, options = RECORDS[0], {}
+    if change == "model":
+        options["model"] = tiny_llama(seed=1)
+    elif change == "demonstrations":
+        options["records"] = [RECORDS[0], *(Record(r.id, r.prompt, r.report + " again") for r in RECORDS[1:])]
+    elif change == "report":
+        record = Record("r0", record.prompt, "another finding.")
+    elif change == "prompt":
+        record = Record("r0", "Indication: none.", record.report)
+    else:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>assistant", "<|im_start|>user")
+        options["tokenizer"] = tokenizer
+    changed = runner(cache=tmp_path, **options)
+    changed.targets(record)
+    assert changed.passes == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign"])
+def test_a_damaged_entry_is_detected_and_replaced(tmp_path, damage, caplog):
+    fresh = runner(cache=tmp_path)
+    expected = fresh.targets(RECORDS[0])
+    (file,) = tmp_path.rglob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(data[:-5])
+    elif damage == "flipped":
+        data[-3] ^= 1
+        file.write_bytes(data)
+    else:
+        save_file({"mean_weight": torch.zeros(2, 2), "negative_entropy": torch.zeros(2)}, file)
+    again = runner(cache=tmp_path)
+    found = again.targets(RECORDS[0])
+    assert again.passes == 1 and "computed again" in caplog.text
+    assert torch.equal(found.statistics.mean_weight, expected.statistics.mean_weight)
+    assert runner(cache=tmp_path).targets(RECORDS[0]) is not None
+
+
+def test_the_fingerprint_ignores_adapters_and_sees_weights():
+    import peft
+
+    model = tiny_llama()
+    before = model_fingerprint(model)
+    steered = peft.get_peft_model(model, dive_fast.DiveConfig(r=2))
+    assert model_fingerprint(steered.get_base_model()) == before
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.add_(1e-3)
+    assert model_fingerprint(model) != before
+
+
+def test_a_head_with_a_logit_softcap_is_taught_from_hidden_states():
+    model = tiny_llama()
+    model.config.final_logit_softcapping = 5.0
+    targets = runner(model).targets(RECORDS[0])
+    assert targets.statistics is None and targets.final.shape[-1] == model.config.hidden_size
+
+
+def test_targets_do_not_depend_on_an_active_adapter():
+    import peft
+
+    plain = runner().targets(RECORDS[0]).statistics
+    model = peft.get_peft_model(tiny_llama(), dive_fast.DiveConfig(kind="fixed", scope="all"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "dive_" in name:
+                parameter.fill_(1.0)
+    steered = runner(model.train()).targets(RECORDS[0]).statistics
+    assert torch.equal(plain.mean_weight, steered.mean_weight)
+    assert model.training and not model.base_model.model.model.layers[0].steering.disable_adapters
+
+
+def test_demonstrations_that_do_not_fit_the_context_are_named():
+    long = [Record(f"r{i}", "word " * 300, "finding.") for i in range(4)]
+    long = [Record(r.id, r.prompt, f"finding {i}.") for i, r in enumerate(long)]
+    model = tiny_llama(max_position_embeddings=1000)
+    settings = dive_fast.Teacher(shots=3)
+    encoder = ReportEncoder(tiny_tokenizer(), context_length=1000)
+    with pytest.raises(InputError, match=r"record 'r0'.*fewer demonstrations"):
+        TeacherRunner(model, encoder, settings.demonstration_pool(long)).targets(long[0])
+
+
+@pytest.mark.parametrize("options", [{"shots": 0}, {"shots": 1.5}, {"demos": "best"}])
+def test_bad_teachers_are_refused(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        dive_fast.Teacher(**options)
+
+
+def test_padding_with_eos_keeps_the_eos_label():
+    encoder = ReportEncoder(tiny_tokenizer(pad_token="<|im_end|>"))
+    prompts = encoder.prompts(RECORDS[:2] + [Record("x", "Indication: a much longer one, of several words.", "y")])
+    responses = [encoder.response(text).ids for text in ("short.", "a longer finding. and more.", "y")]
+    batch = append_responses(prompts, responses, encoder.pad_token_id)
+    for row, ids in enumerate(responses):
+        assert batch["labels"][row][batch["labels"][row] != -100].tolist() == ids
+        assert ids[-1] == encoder.tokenizer.eos_token_id
+        start = int((batch["labels"][row] != -100).nonzero()[0])
+        assert batch["input_ids"][row, start : start + len(ids)].tolist() == ids
+        assert int(batch["attention_mask"][row].sum()) == start + len(ids)
+
+
+def test_perplexity_equals_a_plain_forward_whatever_the_batch():
+    model, encoder = tiny_llama(), ReportEncoder(tiny_tokenizer())
+    sums, counts = report_nll(model, RECORDS, encoder, batch_size=3)
+    for record, value, count in zip(RECORDS, sums, counts, strict=True):
+        ids = encoder.response(record.report).ids
+        prompt = encoder.prompts([record])["input_ids"][0]
+        logits = model(input_ids=torch.cat([prompt, torch.tensor(ids)])[None]).logits[0].double()
+        expected = -torch.log_softmax(logits[len(prompt) - 1 : -1], -1)[range(len(ids)), ids].sum()
+        assert count == len(ids) and value == pytest.approx(expected.item(), rel=1e-5)
+
+
+def film_records():
+    """Real films where they lie beside the checkout, drawn ones elsewhere."""
+    if FILMS.is_dir():
+        train, held_out = split_by_patient(load_films(FILMS), 0.2)
+        return train[:16], held_out[:4]
+    films = generated_films(20, seed=0)
+    return films[:16], films[16:]
+
+
+def test_training_and_generation_run_on_films(tmp_path):
+    records, held_out = film_records()
+    model, processor = build_smol_llava()
+    result = dive_fast.train(
+        model,
+        records,
+        tmp_path,
+        processor=processor,
+        eval_dataset=held_out,
+        steering=dive_fast.DiveConfig(r=4),
+        teacher=dive_fast.Teacher(shots=2, cache_dir=str(tmp_path / "cache")),
+        args={"max_steps": 12, "per_device_train_batch_size": 4, "logging_steps": 1, "disable_tqdm": True},
+    )
+    losses = [h["loss"] for h in result.history if "loss" in h]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    out = dive_fast.generate(result.model, held_out, processor=processor, max_new_tokens=8)
+    assert len(out.texts) == len(held_out)
+
+
+def test_the_film_reaches_the_loss():
+    """The same words with another film have another likelihood: the pixels are not lost on the way."""
+    model, processor = build_smol_llava()
+    encoder = ReportEncoder(processor)
+    film, other = generated_films(2, seed=3)
+    swapped = Record(film.id, film.prompt, film.report, other.images)
+    assert report_nll(model, [film], encoder)[0] != report_nll(model, [swapped], encoder)[0]
+
+
+def test_a_film_that_does_not_decode_is_named(tmp_path):
+    broken = tmp_path / "film.png"
+    broken.write_bytes(b"\x89PNG not really")
+    model, processor = build_smol_llava()
+    records = [*generated_films(3), Record("torn", "Describe the film.", "clear.", (broken,))]
+    with pytest.raises(InputError, match="torn"):
+        dive_fast.train(model, records, tmp_path / "run", processor=processor, args={"max_steps": 2})
