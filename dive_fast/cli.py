@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
             "First steps:\n"
             "  dive-fast doctor                 what is installed and usable on this machine\n"
             "  dive-fast demo --quick           train and compare adapters on real reports, writes a page to look at\n"
-            "  dive-fast tag \"No effusion.\"     which words of a report carry the diagnosis\n"
+            '  dive-fast tag "No effusion."     which words of a report carry the diagnosis\n'
             "\n`dive-fast COMMAND --help` explains a command with examples."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -138,8 +138,8 @@ def _generate(commands) -> None:
         "reference, finish_reason), or for one prompt onto the terminal as it is written.",
         "  dive-fast generate --adapter runs/first --data open_i split=test --limit 100 --output predictions.jsonl\n"
         "  dive-fast generate --model smollm2 --data my_reports.jsonl --output zero_shot.jsonl\n"
-        "  dive-fast generate --adapter runs/first --prompt \"Indication: cough. Describe the findings.\"\n"
-        "  dive-fast generate --model my/vlm --prompt \"Describe the findings.\" --image film.png",
+        '  dive-fast generate --adapter runs/first --prompt "Indication: cough. Describe the findings."\n'
+        '  dive-fast generate --model my/vlm --prompt "Describe the findings." --image film.png',
     )
     parser.add_argument("items", nargs="*", metavar="key=value", help="options of the data set, such as split=test")
     parser.add_argument("--model", metavar="M", help="short name, hub id or folder; default: the adapter's own")
@@ -195,7 +195,7 @@ def _tag(commands) -> None:
         "show a report's decisive tokens",
         "Show which words of a report carry the diagnosis, coloured by what is said of the finding\n"
         "(present, absent, uncertain), and with --model the tokens and the weights that training gives them.",
-        "  dive-fast tag \"Small left effusion. No pneumothorax.\"\n"
+        '  dive-fast tag "Small left effusion. No pneumothorax."\n'
         "  dive-fast tag --file report.txt --model smollm2\n"
         "  cat report.txt | dive-fast tag --lexicon my_lexicon.yaml",
     )

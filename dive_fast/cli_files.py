@@ -160,7 +160,7 @@ def report_text(text: str | None, path: str | None) -> str:
         text = _read(path)
     elif text is None:
         if sys.stdin.isatty():
-            raise InputError("TEXT: expected a report, such as dive-fast tag \"No effusion.\", or --file FILE")
+            raise InputError('TEXT: expected a report, such as dive-fast tag "No effusion.", or --file FILE')
         text = sys.stdin.read()
     if not text.strip():
         raise InputError("TEXT: expected a report, got only white space")

@@ -28,7 +28,9 @@ def steered(**config):
 
 def reference(model, tokenizer, prompt, steps):
     """Greedy decoding by recomputing the whole row at every step."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     length, new = ids.shape[1], []
     for _ in range(steps):
@@ -91,7 +93,9 @@ def test_sampling_repeats_with_a_seed():
 def test_min_new_tokens_and_repetition_penalty_reach_the_decoder():
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     handle = model.lm_head.register_forward_hook(lambda m, a, o: o.index_fill(-1, torch.tensor([EOS]), 1e3))
-    assert [len(s) for s in dive_fast.generate(model, PROMPTS, processor=tokenizer, max_new_tokens=9).sequences] == [1] * 3
+    assert [len(s) for s in dive_fast.generate(model, PROMPTS, processor=tokenizer, max_new_tokens=9).sequences] == [
+        1
+    ] * 3
     out = dive_fast.generate(model, PROMPTS, processor=tokenizer, max_new_tokens=9, min_new_tokens=4)
     assert [len(s) for s in out.sequences] == [5] * 3
     handle.remove()
@@ -106,7 +110,12 @@ def test_adapter_names_follow_the_rows_through_batching():
     with model.disable_adapter():
         base = dive_fast.generate(model, PROMPTS, processor=tokenizer, max_new_tokens=8).texts
     mixed = dive_fast.generate(
-        model, PROMPTS, processor=tokenizer, max_new_tokens=8, adapter_names=["__base__", "default", "__base__"], batch_size=2
+        model,
+        PROMPTS,
+        processor=tokenizer,
+        max_new_tokens=8,
+        adapter_names=["__base__", "default", "__base__"],
+        batch_size=2,
     )
     assert mixed.texts == [base[0], alone[1], base[2]]
 

@@ -111,7 +111,7 @@ def tiny_model(family: str, dtype=torch.float32, seed: int = 0):
     auto = AutoModelForImageTextToText if family in VISION_FAMILIES else AutoModelForCausalLM
     model = auto.from_config(config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15)
     model.generation_config.pad_token_id = 0

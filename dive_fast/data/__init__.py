@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dive_fast.data.demonstrations import DemonstrationPool, choose_demonstrations
-from dive_fast.data.films import generated_films, load_films, load_image, split_by_patient
+from dive_fast.data.films import generated_films, load_films, split_by_patient
+from dive_fast.data.images import load_image
 from dive_fast.data.json_lines import check_records, load_json_lines, rows_to_records
 from dive_fast.data.open_i import load_open_i
 from dive_fast.data.record import Record

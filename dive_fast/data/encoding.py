@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dive_fast.data.images import load_image
 from dive_fast.errors import InputError
 
 TOKEN_ALIGNED = ("token_type_ids", "mm_token_type_ids")
@@ -99,8 +100,6 @@ class ReportEncoder:
         Raises:
             InputError: a prompt that leaves no room for a report in the model's context; an image that does not decode.
         """
-        from dive_fast.data.films import load_image
-
         demonstrations = demonstrations or [()] * len(records)
         texts = [self.prompt_text(r, d) for r, d in zip(records, demonstrations, strict=True)]
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}

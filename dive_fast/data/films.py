@@ -1,12 +1,12 @@
-"""Chest films with text: a folder of pairs, invented films drawn in memory, and where images are decoded."""
+"""Chest films with text: a folder of pairs, and invented films drawn in memory."""
 
 import csv
 import hashlib
-import io
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from dive_fast.data.images import pillow
 from dive_fast.data.json_lines import check_records
 from dive_fast.data.prompt import collapse, compose_prompt
 from dive_fast.data.record import Record
@@ -113,7 +113,7 @@ def zone_center(side: str, zone: str, size: int) -> tuple[float, float]:
 
 
 def _draw_film(rng: random.Random, size: int, heart: str, opacity: tuple | None, effusion: str | None):
-    Image, ImageDraw = _pillow().Image, _pillow().ImageDraw
+    Image, ImageDraw = pillow().Image, pillow().ImageDraw
     film = Image.new("L", (size, size), 150)
     draw = ImageDraw.Draw(film)
 
@@ -134,46 +134,3 @@ def _draw_film(rng: random.Random, size: int, heart: str, opacity: tuple | None,
         draw.rectangle((x - 0.19 * size, 0.80 * size, x + 0.19 * size, 0.92 * size), fill=245)
     noise = Image.frombytes("L", (size, size), rng.randbytes(size * size))
     return Image.blend(film, noise, 0.06)
-
-
-def load_image(image, *, record_id: str):
-    """`image` (a path or a PIL image) as a decoded RGB `PIL.Image.Image`; 16-bit gray is scaled to 8 bits, not clipped.
-
-    Raises:
-        InputError: names the record and the file when it is missing, not an image, or cut short.
-    """
-    pillow = _pillow()
-    where = f"record {record_id!r}: image {image if isinstance(image, (str, Path)) else 'in memory'}"
-    if not isinstance(image, (str, Path, pillow.Image.Image)):
-        raise InputError(f"record {record_id!r}: expected a path or a PIL image, got {type(image).__name__}")
-    try:
-        opened = image if isinstance(image, pillow.Image.Image) else pillow.Image.open(image)
-        opened.load()
-    except FileNotFoundError as error:
-        raise InputError(f"{where}: no such file; mend the path in the data set") from error
-    except pillow.UnidentifiedImageError as error:
-        raise InputError(f"{where}: not an image PIL can read; convert it to PNG or leave the record out") from error
-    # PIL reports damaged files as OSError (cut short), SyntaxError (broken PNG chunks) or ValueError.
-    except (OSError, SyntaxError, ValueError, pillow.Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: does not decode ({error}); copy the file again or leave the record out") from error
-    if opened.mode.startswith("I"):
-        opened = opened.convert("I").point(lambda value: value / 256).convert("L")
-    return opened.convert("RGB")
-
-
-def open_bytes(data: bytes, *, record_id: str):
-    """A PIL image over encoded bytes; its pixels are decoded at first use."""
-    pillow = _pillow()
-    try:
-        return pillow.Image.open(io.BytesIO(data))
-    except pillow.UnidentifiedImageError as error:
-        raise InputError(f"{record_id}: the image's bytes are not an image PIL can read") from error
-
-
-def _pillow():
-    try:
-        import PIL
-        from PIL import Image, ImageDraw  # noqa: F401 - loads the submodules used as attributes
-    except ModuleNotFoundError as error:
-        raise InputError("images need the package pillow, which is not installed. Run `pip install pillow`") from error
-    return PIL

@@ -127,7 +127,7 @@ def _image(where: str, item, root: Path | None):
     if isinstance(item, Mapping) and item.keys() == {"bytes", "path"}:
         if item["bytes"] is None:
             return _image(where, item["path"], root)
-        from dive_fast.data.films import open_bytes
+        from dive_fast.data.images import open_bytes
 
         return open_bytes(item["bytes"], record_id=where)
     if hasattr(item, "convert") and hasattr(item, "size"):

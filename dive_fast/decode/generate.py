@@ -61,7 +61,7 @@ def generate(
         model: a transformers model or a PEFT model, steered or not.
         inputs: a processor's output (a mapping with input_ids, attention_mask, pixel_values, ...; left-padded), or a
             list of records, or of prompts as plain text, which go through the chat template; one of either also alone.
-        processor: needed for records and prompts, and for `texts`; a model from `dive_fast.load(name, ...)` has its own.
+        processor: needed for records and prompts, and for `texts`; a model of `dive_fast.load(name, ...)` has its own.
         max_new_tokens, min_new_tokens: bounds on the new tokens, EOS included.
         engine: None (the best that applies) or "transformers".
         adapter_names: one adapter name per row, "__base__" for none (PEFT's convention).

@@ -43,7 +43,7 @@ DECODER_SPECS: dict[str, DecoderSpec] = {
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The module that holds the decoder layers as `layers` (a language model's own, a vision-language model's text part).
+    """The module that holds the decoder layers as `layers`: a language model's own, or the text part of a larger one.
 
     Raises:
         InputError: `model` has no decoder with a list of layers.

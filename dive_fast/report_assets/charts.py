@@ -21,7 +21,6 @@ class Style(NamedTuple):
     dash: str
 
 
-
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
 
 
@@ -54,9 +53,10 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers (1, 2, 5 times powers of ten) inside [low, high]; the ends where there are fewer than two."""
+    """At most 5 round numbers (1, 2, 5 times powers of ten) inside [low, high]; its ends where there are under 2."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     inside = [10.0**power * factor for power in powers for factor in (1, 2, 5) if low <= 10.0**power * factor <= high]
+    inside = inside[:: math.ceil(len(inside) / 5) or 1]
     return inside if len(inside) >= 2 else [low, high]
 
 
@@ -73,11 +73,17 @@ class Point(NamedTuple):
     text: str
 
 
-def interval_panel(title: str, note: str, points: Sequence[Point], *, percent: bool = False) -> str:
-    """One metric: a row per system with its dot and interval; a log axis where they span a factor of 4."""
+def interval_panel(
+    title: str, note: str, points: Sequence[Point], *, percent: bool = False, unbounded: bool = False
+) -> str:
+    """One metric: a row per system with its dot and interval.
+
+    The axis is logarithmic where values without an upper bound span a factor of 4; shares near 0 would only fill it
+    with powers of ten.
+    """
     ends = [end for point in points for end in (point.value, *(point.interval or ()))]
     low, high = min(ends), max(ends)
-    log = low > 0 and high / low > 4
+    log = unbounded and low > 0 and high / low > 4
     if not log:
         margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
         low, high = (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
@@ -96,7 +102,7 @@ def interval_panel(title: str, note: str, points: Sequence[Point], *, percent: b
     summary = f"{title}: " + "; ".join(f"{point.label} {point.text}" for point in points)
     return (
         f'<figure class="panel"><figcaption><strong>{escape(title)}</strong> <small>{escape(note)}'
-        f'{", log scale" if log else ""}</small></figcaption>'
+        f"{', log scale' if log else ''}</small></figcaption>"
         f'<div class="dots" role="img" aria-label="{escape(summary)}">{rows}'
         f'<div class="dot-row axis"><span></span><span class="track">{axis}</span><span></span></div></div></figure>'
     )

@@ -73,7 +73,7 @@ def key_figures(result: Mapping) -> str:
 
 
 def _tile(label: str, value: str, note: str) -> str:
-    return f'<div><dt>{label}</dt><dd><b>{value}</b><small>{note or "&nbsp;"}</small></dd></div>'
+    return f"<div><dt>{label}</dt><dd><b>{value}</b><small>{note or '&nbsp;'}</small></dd></div>"
 
 
 def score_tables(result: Mapping) -> str:
@@ -157,7 +157,9 @@ def score_plots(result: Mapping) -> str:
             if (found := measure(system, column.key))
         ]
         note = "less is better" if column.lower_is_better else "more is better"
-        panels.append(charts.interval_panel(column.label, note, points, percent=column.percent))
+        # Perplexity and length error are the scores without an upper bound, and those where less is better.
+        unbounded = column.lower_is_better
+        panels.append(charts.interval_panel(column.label, note, points, percent=column.percent, unbounded=unbounded))
     if not panels:
         return ""
     return section("plots", "Scores with intervals", f'<div class="panels">{"".join(panels)}</div>')

@@ -28,7 +28,7 @@ def demonstration_share(query, key, attention_mask, scaling, head_query, head_bi
     Args:
         query: [B, H, T, head_dim], after rope.
         key: [B, H_kv, S, head_dim], after rope, cached keys included.
-        attention_mask: [B, 1, T, S] bool (True attends) or additive float; None: causal for T > 1, everything for T = 1.
+        attention_mask: [B, 1, T, S] bool (True attends) or additive float; None: causal for T > 1, all for T = 1.
         scaling: factor on q . k inside the softmax.
         head_query, head_bias: w [H, head_dim], b [H].
     """

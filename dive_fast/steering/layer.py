@@ -245,7 +245,7 @@ class DiveLayer(nn.Module, BaseTunerLayer):
 
 
 def _orthonormal_rows(basis: torch.Tensor) -> torch.Tensor:
-    """[R, D] with orthonormal rows spanning the columns of `basis` [D, R]: Q of its QR decomposition, R's diagonal > 0."""
+    """[R, D] with orthonormal rows spanning the columns of `basis` [D, R]: Q of its QR, R's diagonal positive."""
     q, r = torch.linalg.qr(basis.float())
     sign = torch.where(torch.diagonal(r) < 0, -1.0, 1.0)
     return (q * sign).T.contiguous()

@@ -1,0 +1,50 @@
+"""Where images are opened and decoded: one place, one kind of error."""
+
+import io
+from pathlib import Path
+
+from dive_fast.errors import InputError
+
+
+def load_image(image, *, record_id: str):
+    """`image` (a path or a PIL image) as a decoded RGB `PIL.Image.Image`; 16-bit gray is scaled to 8 bits, not clipped.
+
+    Raises:
+        InputError: names the record and the file when it is missing, not an image, or cut short.
+    """
+    pil = pillow()
+    where = f"record {record_id!r}: image {image if isinstance(image, (str, Path)) else 'in memory'}"
+    if not isinstance(image, (str, Path, pil.Image.Image)):
+        raise InputError(f"record {record_id!r}: expected a path or a PIL image, got {type(image).__name__}")
+    try:
+        opened = image if isinstance(image, pil.Image.Image) else pil.Image.open(image)
+        opened.load()
+    except FileNotFoundError as error:
+        raise InputError(f"{where}: no such file; mend the path in the data set") from error
+    except pil.UnidentifiedImageError as error:
+        raise InputError(f"{where}: not an image PIL can read; convert it to PNG or leave the record out") from error
+    # PIL reports damaged files as OSError (cut short), SyntaxError (broken PNG chunks) or ValueError.
+    except (OSError, SyntaxError, ValueError, pil.Image.DecompressionBombError) as error:
+        raise InputError(f"{where}: does not decode ({error}); copy the file again or leave the record out") from error
+    if opened.mode.startswith("I"):
+        opened = opened.convert("I").point(lambda value: value / 256).convert("L")
+    return opened.convert("RGB")
+
+
+def open_bytes(data: bytes, *, record_id: str):
+    """A PIL image over encoded bytes; its pixels are decoded at first use."""
+    pil = pillow()
+    try:
+        return pil.Image.open(io.BytesIO(data))
+    except pil.UnidentifiedImageError as error:
+        raise InputError(f"{record_id}: the image's bytes are not an image PIL can read") from error
+
+
+def pillow():
+    """PIL, imported when the first image is met; InputError where it is not installed."""
+    try:
+        import PIL
+        from PIL import Image, ImageDraw  # noqa: F401 - loads the submodules used as attributes
+    except ModuleNotFoundError as error:
+        raise InputError("images need the package pillow, which is not installed. Run `pip install pillow`") from error
+    return PIL
