@@ -18,7 +18,7 @@ _HOME = {
     "GenerateOutput": "dive_fast.decode",
     "InputError": "dive_fast.errors",
     "Record": "dive_fast.data.record",
-    "Scores": "dive_fast.metrics",
+    "Scores": "dive_fast.metrics.scores",
     "Supervision": "dive_fast.supervision",
     "Teacher": "dive_fast.supervision",
     "TrainResult": "dive_fast.train",
@@ -26,6 +26,7 @@ _HOME = {
     "generate": "dive_fast.decode",
     "load": "dive_fast.train",
     "ops": "dive_fast.ops",
+    "paired_difference": "dive_fast.evaluate",
     "train": "dive_fast.train",
 }
 __all__ = ["__version__", *_HOME]

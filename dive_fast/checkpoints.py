@@ -67,6 +67,16 @@ def rotate(output_dir: Path, keep: int | None, best: str | None = None) -> None:
             shutil.rmtree(folder)
 
 
+def write_json(path: Path, content) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_adapter(model, folder: Path) -> None:
     """`model.save_pretrained(folder)`, file by file in place of older ones, never leaving half a file."""
     staging = folder / ".saving"

@@ -1,6 +1,7 @@
 """The `dive-fast` command. Only the parser lives here, so that --help answers at once; the work is in `cli_commands`.
 
-Exit codes: 0 success, 1 a bug (with its traceback) or a failed `doctor`, 2 wrong input (the message alone), 130 Ctrl-C.
+Exit codes: 0 success, 1 a bug (with its traceback) or a failed `doctor`, 2 wrong input (the message alone; also a path
+that may not be used), 130 Ctrl-C.
 """
 
 import argparse
@@ -27,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except InputError as error:
         print(f"dive-fast: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        why = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"dive-fast: {why}; mend its permissions or name another path", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(_interrupted(stop, resumable=hasattr(args, "resume")), file=sys.stderr)

@@ -17,7 +17,7 @@ from pathlib import Path
 from dive_fast import cli_files as files
 from dive_fast.errors import InputError
 
-RUN_FILE = "run.yaml"
+RUN_FILE, SETUP_FILE = "run.yaml", "dive_setup.json"
 
 
 def train(args: Namespace) -> int:
@@ -71,20 +71,24 @@ def train(args: Namespace) -> int:
 
 @contextmanager
 def _recorded(run, output: Path) -> Iterator[None]:
-    """The run's settings in its folder from before the first step, and gone again if `train` refuses them."""
+    """The run's settings in its folder from before the first step, and gone again if nothing else came there."""
     file = output / RUN_FILE
     if file.exists():
         yield
         return
     existed = output.is_dir()
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(run.resolved().to_yaml(), encoding="utf-8")
     try:
+        with files.writing("output", output):
+            output.mkdir(parents=True, exist_ok=True)
+            file.write_text(run.resolved().to_yaml(), encoding="utf-8")
         yield
-    except InputError:
-        file.unlink()
-        if not existed and not any(output.iterdir()):
-            output.rmdir()
+    except BaseException as stop:
+        # A run that saved something needs its settings to go on; one that did not leaves nothing.
+        saved = getattr(stop, "saved_to", None) is not None
+        if not saved and output.is_dir() and not any(path != file for path in output.iterdir()):
+            file.unlink(missing_ok=True)
+            if not existed:
+                output.rmdir()
         raise
 
 
@@ -94,6 +98,7 @@ def _check_output(output: str | None) -> Path:
     path = Path(output)
     if path.exists() and not path.is_dir():
         raise InputError(f"output: expected a folder, {path} is a file; give another --output")
+    files.check_place("output", path, path)
     return path
 
 
@@ -101,7 +106,7 @@ def _check_emptiness(path: Path, resume: bool) -> None:
     filled = path.is_dir() and any(path.iterdir())
     if filled and not resume:
         raise InputError(f"output: {path} is not empty; give another --output, or --resume to go on with its run")
-    if resume and not filled:
+    if resume and not any((path / name).is_file() for name in (RUN_FILE, SETUP_FILE)):
         raise InputError(f"output: nothing to resume from in {path}; leave out --resume, or name the folder of the run")
 
 
@@ -144,6 +149,8 @@ def generate(args: Namespace) -> int:
     from dive_fast import config
 
     if args.data is None:
+        if not args.prompt.strip():
+            raise InputError("--prompt: expected what the report should be about, got only white space")
         if args.items or args.output or args.limit:
             raise InputError("--prompt: takes no data options, --limit or --output; use --data for a data set")
         model, processor = _steered_model(args)
@@ -178,6 +185,10 @@ def _trained_on(adapter: str | None) -> str:
 
     if adapter is None:
         raise InputError("--model: expected a model, such as --model smollm2, or --adapter DIR of a trained one")
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise InputError(
+            f"--adapter: no adapter in {adapter} (no adapter_config.json); name the folder of a finished run"
+        )
     for folder in (Path(adapter), Path(adapter).parent):
         if (folder / RUN_FILE).is_file():
             return config.load_config(folder / RUN_FILE).model
@@ -360,7 +371,9 @@ def report(args: Namespace) -> int:
     """A result file as a page."""
     from dive_fast.report import write_report
 
-    print(f"The page is {write_report(files.read_json(args.result), args.output)}")
+    result = files.read_json(args.result)
+    with files.writing("--output", Path(args.output)):
+        print(f"The page is {write_report(result, args.output)}")
     return 0
 
 

@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,39 +120,86 @@ def new_file(path: str | Path, overwrite: bool) -> Path:
     path = Path(path)
     if path.is_dir():
         raise InputError(f"--output: expected a file, {path} is a folder")
+    check_place("--output", path, path.parent)
     if path.exists() and not overwrite:
         raise InputError(f"--output: {path} exists; add --overwrite to replace it, or give another name")
     return path
+
+
+def check_place(option: str, path: Path, folder: Path) -> None:
+    """Refuse a `path` in a `folder` that is not there and cannot be made, before any work is done for it."""
+    above = folder.absolute()
+    while not os.path.exists(above):
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{option}: {path} cannot be written, {above} is no folder that may be written to; name another"
+        )
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """What the system refuses while `path` is written, as an InputError that names the option."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{option}: {path} cannot be written ({error.strerror or error}); free disk space or name another place"
+        ) from error
 
 
 def write_rows(path: Path, rows: Iterable[Mapping], total: int) -> int:
     """Write JSON lines as they come into `path`.part, which becomes `path` when all are there; returns their number.
 
     Raises:
+        InputError: a file that cannot be written, or what making a row raises. Both name the partial file, if any.
         KeyboardInterrupt: with `saved_to`, the partial file, where the user stopped it.
     """
     part = path.with_name(path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
+    with writing("--output", path):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        file = part.open("w", encoding="utf-8")
     count = 0
-    with part.open("w", encoding="utf-8") as file:
-        try:
-            for count, row in enumerate(rows, start=1):
+    try:
+        for row in rows:
+            with writing("--output", path):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
-                if sys.stderr.isatty():
-                    print(f"\r{count} of {total}", end="" if count < total else "\n", file=sys.stderr, flush=True)
-        except KeyboardInterrupt as stop:
-            stop.saved_to = part
-            raise
-    os.replace(part, path)
+            count += 1
+            if sys.stderr.isatty():
+                print(f"\r{count} of {total}", end="" if count < total else "\n", file=sys.stderr, flush=True)
+    except (InputError, KeyboardInterrupt) as stop:
+        _abandon(file, part, keep=count > 0)
+        if isinstance(stop, InputError):
+            raise InputError(f"{stop}. The first {count} predictions are in {part}" if count else str(stop)) from stop
+        stop.saved_to = part if count else None
+        raise
+    with writing("--output", path):
+        file.close()
+        os.replace(part, path)
     return count
 
 
+def _abandon(file, part: Path, keep: bool) -> None:
+    with suppress(OSError):  # a full disk refuses the rest of the buffer once more
+        file.close()
+    if not keep:
+        part.unlink(missing_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, with its folder."""
+    """Write a text file, with its folder, whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    part = path.with_name(path.name + ".part")
+    with writing("--output", path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(text + "\n", encoding="utf-8")
+            os.replace(part, path)
+        except OSError:
+            with suppress(OSError):
+                part.unlink()
+            raise
 
 
 def report_text(text: str | None, path: str | None) -> str:

@@ -30,7 +30,6 @@ from dive_fast.decode import GenerateOutput, generate
 from dive_fast.errors import InputError
 from dive_fast.evaluate import evaluate
 from dive_fast.likelihood import report_nll
-from dive_fast.metrics.perplexity import corpus_perplexity
 from dive_fast.models.backbone import load_backbone
 from dive_fast.models.spec import text_config_of
 from dive_fast.report import result_table, write_report
@@ -296,17 +295,17 @@ def _score(
 
 
 def _figures(records, written: GenerateOutput, nll, tokens, rows: Sequence[int]) -> dict:
-    perplexity, interval = corpus_perplexity([nll[i] for i in rows], [tokens[i] for i in rows])
     scores = evaluate(
         [written.texts[i] for i in rows],
         [records[i].report for i in rows],
         protocol=PROTOCOL,
         finish_reasons=[written.finish_reasons[i] for i in rows],
+        likelihoods=([nll[i] for i in rows], [tokens[i] for i in rows]),
         ids=[records[i].id for i in rows],
     )
     return {
-        "perplexity": perplexity,
-        "perplexity_interval": list(interval),
+        "perplexity": scores["perplexity"],
+        "perplexity_interval": list(scores.intervals["perplexity"]),
         "scores": dict(scores),
         "intervals": {name: list(bounds) for name, bounds in scores.intervals.items()},
     }

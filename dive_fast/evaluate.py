@@ -24,6 +24,7 @@ def evaluate(
     seed: int = 0,
     tagger: Tagger | None = None,
     finish_reasons: Sequence[str] | None = None,
+    likelihoods: tuple[Sequence[float], Sequence[int]] | None = None,
     ids: Sequence[str] | None = None,
 ) -> Scores:
     """Score N predicted reports against their references.
@@ -32,7 +33,7 @@ def evaluate(
         predictions: N texts. An empty one is legal and scores 0.
         references: N texts, each with a word in it.
         metrics: names out of bleu (BLEU-1..4), rouge_l, cider, meteor (needs Java), decisive (precision, recall and F1
-            of the stated classes), length (relative length error, length ratio), termination (EOS rate).
+            of the stated classes), length (relative length error, length ratio), termination (EOS rate), perplexity.
         protocol: raw, lower, ptb (needs Java), r2gen (the custom for IU X-ray) or r2gen_mimic; described in
             `dive_fast.metrics.protocols`. It applies to bleu, rouge_l, cider and meteor; the others read the reports
             as written.
@@ -42,6 +43,8 @@ def evaluate(
         tagger: text -> [(start, end, class), ...] for `decisive`; default
             `dive_fast.supervision.lexicon.LexiconTagger()`.
         finish_reasons: N times "eos" or "length", as `generate` returns them; giving them adds `termination`.
+        likelihoods: N summed negative log-likelihoods of the references under the model and their N token counts, as
+            `dive_fast.likelihood.report_nll` returns them; giving them adds `perplexity`.
         ids: N distinct names of the documents, for messages and for `Scores.ids`.
 
     Returns:
@@ -49,22 +52,24 @@ def evaluate(
 
     Raises:
         InputError: lengths differ or are 0; an entry is not a text; a reference is empty; an unknown metric or
-            protocol; a missing package, Java or finish reason; a negative `bootstrap` or `seed`.
+            protocol; a missing package, Java, finish reason or likelihood; a negative `bootstrap` or `seed`.
 
     Warns:
         UserWarning: CIDEr of a single document, which is always 0.
     """
-    names = inputs.metric_names(metrics, finish_reasons, METRICS)
+    names = inputs.metric_names(metrics, finish_reasons, likelihoods, METRICS)
     inputs.check_protocol(protocol)
     check_bootstrap(bootstrap, seed)
     predictions, references, document_names = inputs.texts(predictions, references, ids)
     tagger = inputs.checked_tagger(tagger) if "decisive" in names else None
     if "termination" in names:
         finish_reasons = inputs.checked_finish_reasons(finish_reasons, len(references))
+    if "perplexity" in names:
+        likelihoods = inputs.checked_likelihoods(likelihoods, len(references))
     tokenized = [], []
     if any(METRICS[name].reads == "protocol" for name in names):
         tokenized = _apply_protocol(protocol, predictions, references, document_names)
-    documents = Documents(predictions, references, *tokenized, document_names, tagger, finish_reasons)
+    documents = Documents(predictions, references, *tokenized, document_names, tagger, finish_reasons, likelihoods)
 
     values, statistics, intervals, per_class, per_document = {}, {}, {}, {}, {}
     for name in names:

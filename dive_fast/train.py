@@ -1,22 +1,23 @@
 """`dive_fast.train`: from a frozen model and records to a trained steering adapter."""
 
 import dataclasses
-import difflib
 import hashlib
 import json
+import logging
 import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import peft
-import torch
-from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
+from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerState, set_seed
 
 from dive_fast import checkpoints
+from dive_fast.arguments import DiveTrainingArguments, training_arguments
 from dive_fast.data import to_records
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.errors import InputError
@@ -29,19 +30,7 @@ from dive_fast.trainer import DiveTrainer
 
 SETUP_FILE = "dive_setup.json"
 
-
-@dataclass
-class DiveTrainingArguments(TrainingArguments):
-    """transformers' TrainingArguments with defaults for adapters of a few hundred thousand parameters."""
-
-    learning_rate: float = field(default=3e-3, metadata={"help": "peak learning rate of AdamW"})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "reports per device and micro-batch"})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "reports per device in evaluation"})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the data; max_steps takes precedence"})
-    logging_steps: float = field(default=10, metadata={"help": "log the loss every so many steps"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "trackers to report to"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "records are not columns; keep False"})
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -102,13 +91,17 @@ def train(
         InputError: bad data, a bad setting, or an `output_dir` that holds another run; nothing is written then.
         TrainingInterrupted: after Ctrl-C, once the running step is finished and saved.
     """
+    settings = {"steering": (steering, DiveConfig), "supervision": (supervision, Supervision)}
+    for name, (value, cls) in (settings | {"teacher": (teacher, Teacher)}).items():
+        if value is not None and not isinstance(value, cls):
+            raise InputError(f"{name}: expected a dive_fast.{cls.__name__}, got {type(value).__name__}")
     output_dir = Path(output_dir)
     records = to_records(train_dataset)
     eval_records = None if eval_dataset is None else to_records(eval_dataset)
     supervision = supervision or Supervision()
     if teacher is None and supervision.needs_disagreement:
         raise InputError("tagger: 'disagreement' compares teacher and zero-shot model; give a teacher")
-    arguments = _training_arguments(args, output_dir)
+    arguments = training_arguments(args, output_dir)
     set_seed(arguments.seed)
     model, processor = _model_and_processor(model_or_path, processor, steering)
     base = model.get_base_model()
@@ -126,6 +119,7 @@ def train(
             disagreement=supervision.needs_disagreement,
         )
     setup = _setup(model, records, supervision, teacher, runner, arguments)
+    new = not output_dir.exists()
     checkpoint = _prepare_output(output_dir, setup, resume)
     try:
         trainer = DiveTrainer(
@@ -140,9 +134,22 @@ def train(
         )
     except RuntimeError as error:  # a tracker of report_to that is not installed
         raise InputError(f"args: {error}") from error
-    if arguments.should_save:
-        (output_dir / SETUP_FILE).write_text(json.dumps(setup, indent=1) + "\n", encoding="utf-8")
-    return _run(trainer, output_dir, checkpoint)
+    try:
+        if arguments.should_save:
+            with _writing(output_dir):
+                checkpoints.write_json(output_dir / SETUP_FILE, setup)
+        return _run(trainer, output_dir, checkpoint)
+    except BaseException as stop:
+        last = checkpoints.newest_complete(output_dir) if type(stop) is KeyboardInterrupt else None
+        if last is not None:  # stopped at once, by a second Ctrl-C
+            raise TrainingInterrupted(last) from None
+        if arguments.should_save and not _holds_run(output_dir):
+            # Nothing was learned: settings alone would only stand in the way of the next attempt.
+            (output_dir / SETUP_FILE).unlink(missing_ok=True)
+            if new:
+                with suppress(OSError):  # the caller may have put something there
+                    output_dir.rmdir()
+        raise
 
 
 def load(base_or_path, adapter_dir, *, dtype=None) -> peft.PeftModel:
@@ -169,15 +176,24 @@ def load(base_or_path, adapter_dir, *, dtype=None) -> peft.PeftModel:
             saved = set(file.keys())
     except SafetensorError as error:
         raise InputError(f"adapter_dir: {weights} is damaged or cut short ({error}); copy it again") from error
+    except OSError as error:
+        raise InputError(f"adapter_dir: {weights} cannot be read ({error}); mend its permissions") from error
     config = _adapter_config(folder)
     processor = None
     if isinstance(base_or_path, str | Path):
         base_or_path, processor = load_backbone(str(base_or_path), dtype=dtype)
-    model = peft.PeftModel.from_pretrained(base_or_path, folder, config=config)
+    try:
+        model = peft.PeftModel.from_pretrained(base_or_path, folder, config=config)
+    except RuntimeError as error:  # how torch reports tensors of other shapes
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"adapter_dir: {weights} does not fit its adapter_config.json or the model ({why})") from error
     expected = set(peft.get_peft_model_state_dict(model))
     if saved != expected:
         odd = sorted(saved ^ expected)[0]
-        raise InputError(f"adapter_dir: {weights} does not fit its adapter_config.json (first difference: {odd})")
+        raise InputError(
+            f"adapter_dir: {weights} does not fit its adapter_config.json (first difference: {odd}); "
+            "copy both from the same run"
+        )
     if processor is not None:
         model.processor = processor
     return model.eval()
@@ -186,38 +202,17 @@ def load(base_or_path, adapter_dir, *, dtype=None) -> peft.PeftModel:
 def _adapter_config(folder: Path) -> DiveConfig:
     try:
         config = peft.PeftConfig.from_pretrained(folder)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"adapter_dir: {folder}/adapter_config.json cannot be read: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        file = folder / "adapter_config.json"
+        raise InputError(f"adapter_dir: {file} cannot be read ({error}); copy it again") from error
     if not isinstance(config, DiveConfig):
-        raise InputError(f"adapter_dir: {folder} holds a {config.peft_type} adapter, not a steering adapter")
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise InputError(
+            f"adapter_dir: {folder} holds a {kind} adapter, not a steering adapter; load it with "
+            "peft.PeftModel.from_pretrained"
+        )
     config.inference_mode = True
     return config
-
-
-def _training_arguments(args, output_dir: Path) -> DiveTrainingArguments:
-    if isinstance(args, TrainingArguments):
-        arguments = dataclasses.replace(args, output_dir=str(output_dir))
-    else:
-        defaults = {f.name: f.default for f in dataclasses.fields(DiveTrainingArguments)}
-        for name, value in (args or {}).items():
-            if name not in defaults:
-                near = difflib.get_close_matches(name, defaults, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise InputError(f"args: there is no training argument {name!r}{hint}")
-            if type(defaults[name]) in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise InputError(f"args: {name} is a number, got {value!r}")
-        try:
-            arguments = DiveTrainingArguments(**{**(args or {}), "output_dir": str(output_dir)})
-        except (ValueError, TypeError) as error:
-            raise InputError(f"args: {error}") from error
-    if not torch.cuda.is_available():
-        arguments.dataloader_pin_memory = False
-    if arguments.n_gpu > 1:
-        raise InputError(
-            f"args: {arguments.n_gpu} GPUs are visible to one process; start one process per GPU with "
-            "`torchrun --nproc-per-node N` or `accelerate launch`"
-        )
-    return arguments
 
 
 def _model_and_processor(model_or_path, processor, steering: DiveConfig | None):
@@ -268,7 +263,7 @@ def _prepare_output(output_dir: Path, setup: dict, resume: bool) -> Path | None:
     """Refuse to mix runs; returns the checkpoint to resume from."""
     file = output_dir / SETUP_FILE
     if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"output_dir: {output_dir} is a file")
+        raise InputError(f"output_dir: {output_dir} is a file; name a folder")
     if resume and file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         changed = [f"{a}.{b}" for a in setup for b in _differing(before.get(a), setup[a])]
@@ -277,16 +272,41 @@ def _prepare_output(output_dir: Path, setup: dict, resume: bool) -> Path | None:
                 f"resume: the run in {output_dir} had other settings ({', '.join(changed)}); "
                 "give the same ones, or another output_dir"
             )
-        return checkpoints.newest_complete(output_dir)
-    if checkpoints.checkpoints(output_dir) or (output_dir / "adapter_model.safetensors").exists():
+        return _newest(output_dir)
+    if _holds_run(output_dir):
         raise InputError(f"output_dir: {output_dir} holds another run; pass resume=True or another folder")
-    try:
+    with _writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(output_dir, os.W_OK):
             raise PermissionError("no permission to write")
-    except OSError as error:
-        raise InputError(f"output_dir: {output_dir} cannot be written ({error})") from error
     return None
+
+
+def _newest(output_dir: Path) -> Path | None:
+    """The checkpoint to go on from; says which ones are passed over for it."""
+    found = checkpoints.newest_complete(output_dir)
+    for folder in reversed(checkpoints.checkpoints(output_dir)):
+        if folder == found:
+            break
+        logger.warning("resume: %s is cut short or damaged; it is passed over", folder)
+    return found
+
+
+@contextmanager
+def _writing(output_dir: Path):
+    """What goes wrong in writing there, as an InputError that says what is still whole."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        last = checkpoints.newest_complete(output_dir) if output_dir.is_dir() else None
+        kept = f"; {last} is whole and can be resumed from" if last else ""
+        raise InputError(
+            f"output_dir: {output_dir} cannot be written ({error}){kept}; free disk space or name another"
+        ) from error
+
+
+def _holds_run(output_dir: Path) -> bool:
+    return bool(checkpoints.checkpoints(output_dir)) or (output_dir / "adapter_model.safetensors").exists()
 
 
 def _differing(before, after) -> Sequence[str]:
@@ -312,9 +332,10 @@ def _run(trainer: DiveTrainer, output_dir: Path, checkpoint: Path | None) -> Tra
         metrics |= trainer.evaluate()
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     if trainer.args.should_save:
-        checkpoints.save_adapter(model, output_dir)
         log = {"metrics": metrics, "history": trainer.state.log_history}
-        (output_dir / "dive_result.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+        with _writing(output_dir):
+            checkpoints.save_adapter(model, output_dir)
+            checkpoints.write_json(output_dir / "dive_result.json", log)
     trainer.accelerator.wait_for_everyone()
     return TrainResult(output_dir, metrics, list(trainer.state.log_history), model)
 

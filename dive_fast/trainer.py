@@ -189,7 +189,12 @@ class DiveTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             last = checkpoints.newest_complete(folder.parent)
             kept = f"the last whole checkpoint is {last}" if last else "there is no earlier checkpoint"
-            raise InputError(f"output_dir: saving {folder} failed ({error}); {kept}") from error
+            raise InputError(
+                f"output_dir: saving {folder} failed ({error}); {kept}. Free disk space, then resume"
+            ) from error
+        except KeyboardInterrupt:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
             self.args.save_total_limit = keep
         if self.args.should_save:

@@ -14,7 +14,7 @@ import pytest
 from report_example import example_result
 
 import dive_fast
-from dive_fast import cli, config
+from dive_fast import cli, cli_files, config
 from dive_fast.errors import InputError
 
 REPORTS = ["The lungs are clear.", "Small left effusion. No pneumothorax.", "Mild cardiomegaly is seen."]
@@ -131,6 +131,11 @@ def test_usage_errors(capsys, argv, words):
         (InputError("size: expected a number"), 2, "dive-fast: size: expected a number\n"),
         (KeyboardInterrupt(), 130, "\ndive-fast: interrupted\n"),
         (BrokenPipeError(), 0, ""),
+        (
+            PermissionError(13, "Permission denied", "locked/x"),
+            2,
+            "dive-fast: locked/x: Permission denied; mend its permissions or name another path\n",
+        ),
     ],
 )
 def test_exit_codes(monkeypatch, capsys, raised, code, message):
@@ -189,6 +194,11 @@ def test_train_defaults_have_no_teacher(training, data, tmp_path):
         (["--output", "FULL"], "is not empty"),
         (["--output", "FILE"], "is a file"),
         (["--output", "EMPTY", "--resume"], "nothing to resume from"),
+        (["--output", "FULL", "--resume"], "nothing to resume from"),
+        (["--output", "FILE/new"], "no folder that may be written to"),
+        (["--output", "NEW", "training.learning_rate=-1"], "learning_rate: expected a number >= 0"),
+        (["--output", "NEW", "training.max_steps=0"], "max_steps: expected >= 1"),
+        (["--output", "NEW", "steering.alpha=.nan"], "alpha: expected a finite number"),
         (["--output", "NEW", "steering.rank=4"], "did you mean 'r'?"),
         (["--output", "NEW", "training.learning_rate=fast"], "training.learning_rate: expected a number, got 'fast'"),
         (["--output", "NEW", "training.lr_scheduler_type=linaer"], "one of linear"),
@@ -220,6 +230,18 @@ def test_a_refusal_by_train_leaves_no_folder(training, data, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_run_that_saved_something_keeps_its_settings(training, data, tmp_path, monkeypatch):
+    output = tmp_path / "new"
+
+    def train(model, records, folder, **options):
+        (folder / "checkpoint-2").mkdir()
+        raise InputError("output_dir: the disk is full")
+
+    monkeypatch.setattr(importlib.import_module("dive_fast.train"), "train", train)
+    assert cli.main(["train", f"data={data}", "--output", str(output)]) == 2
+    assert (output / "run.yaml").is_file()
+
+
 def test_interrupted_training_says_where_it_is_saved(training, data, tmp_path, capsys):
     training.outcome = KeyboardInterrupt()
     training.outcome.saved_to = tmp_path / "new" / "checkpoint-3"
@@ -240,6 +262,47 @@ def test_list_options(capsys):
 
 
 # generate
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--prompt", " "], "--prompt: expected what the report should be about"),
+        (["--data", "DATA", "--output", "DATA/p.jsonl"], "no folder that may be written to"),
+    ],
+)
+def test_generate_refuses_before_it_loads(generation, backbone, data, capsys, extra, words):
+    assert cli.main(["generate", "--model", "m", *(part.replace("DATA", str(data)) for part in extra)]) == 2
+    assert words in capsys.readouterr().err and backbone == []
+
+
+def test_generate_says_that_a_folder_holds_no_adapter(tmp_path, data, capsys):
+    argv = ["generate", "--adapter", str(tmp_path / "none"), "--data", str(data), "--output", str(tmp_path / "p")]
+    assert cli.main(argv) == 2
+    assert "--adapter: no adapter in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", [0, 2])
+def test_a_refusal_while_generating_names_what_is_written(tmp_path, written):
+    def rows():
+        yield from ({"id": str(i)} for i in range(written))
+        raise InputError("record 'x': does not decode")
+
+    with pytest.raises(InputError, match="does not decode" + (". The first 2 predictions are in " if written else "$")):
+        cli_files.write_rows(tmp_path / "p.jsonl", rows(), total=9)
+    assert [path.name for path in tmp_path.iterdir()] == (["p.jsonl.part"] if written else [])
+
+
+def test_files_that_cannot_be_written_are_named(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli_files.os, "replace", full)
+    with pytest.raises(InputError, match="--output: .*s.json cannot be written .No space left on device"):
+        cli_files.write_text(tmp_path / "s.json", "{}")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="--output: .*p.jsonl cannot be written"):
+        cli_files.write_rows(tmp_path / "p.jsonl", [{"id": "a"}], total=1)
 
 
 def test_generate_writes_predictions(generation, data, tmp_path, capsys):
@@ -263,6 +326,7 @@ def test_generate_writes_predictions(generation, data, tmp_path, capsys):
 def test_generate_knows_what_the_adapter_was_trained_on(generation, backbone, data, tmp_path, capsys):
     adapter = tmp_path / "run" / "checkpoint-2"
     adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
     argv = ["generate", "--adapter", str(adapter), "--data", str(data), "--output", str(tmp_path / "p.jsonl")]
     assert cli.main(argv) == 2 and "add --model" in capsys.readouterr().err
     (tmp_path / "run" / "run.yaml").write_text("model: my/base\n")

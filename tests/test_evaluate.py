@@ -44,6 +44,24 @@ def better_system():
     return evaluate(mixed, references, tagger=tagger)
 
 
+def test_perplexity_of_the_references_stands_beside_the_other_scores():
+    nll, tokens = [2.0, 9.0, 4.0], [2, 3, 4]
+    texts = reports(3, 0)
+    scores = evaluate(texts, texts, metrics=["length"], likelihoods=(nll, tokens))
+    assert scores["perplexity"] == pytest.approx(np.exp(15 / 9))
+    assert scores.per_document["perplexity"] == pytest.approx([np.exp(1), np.exp(3), np.exp(1)])
+    low, high = scores.intervals["perplexity"]
+    assert np.exp(1) <= low <= scores["perplexity"] <= high <= np.exp(3)
+    other = evaluate(texts, texts, metrics=["length"], likelihoods=([n + 1 for n in nll], tokens))
+    assert paired_difference(other, scores, "perplexity")[0] == pytest.approx(np.exp(18 / 9) - np.exp(15 / 9))
+    with pytest.raises(InputError, match="likelihoods: the metric 'perplexity' needs them"):
+        evaluate(texts, texts, metrics=["perplexity"])
+    with pytest.raises(InputError, match="expected one for each of the 3 documents, got 2"):
+        evaluate(texts, texts, likelihoods=(nll[:2], tokens[:2]))
+    with pytest.raises(InputError, match="the pair"):
+        evaluate(texts, texts, likelihoods=nll)
+
+
 def test_scores_are_a_mapping_with_everything_beside_it(system):
     assert set(system) == {key for name in DEFAULT for key in METRICS[name].keys}
     assert set(system.intervals) == set(system)

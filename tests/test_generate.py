@@ -14,6 +14,10 @@ from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
 
 PROMPTS = ["Indication: cough.", "Indication: fever and chest pain for three days. Tags: normal.", "Tags: effusion."]
 EOS = 2
+RIGHT_PADDED = {
+    "input_ids": torch.tensor([[5, 6, 0], [5, 6, 7]]),
+    "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+}
 
 
 def steered(**config):
@@ -145,6 +149,10 @@ def test_films_steer_what_is_written():
         ([], {}, "inputs: nothing"),
         ([" "], {}, "prompt 0 is empty"),
         ([3], {}, "item 0 is a int"),
+        ([Record("r7", "  ", "")], {}, "prompt of record 'r7' is empty"),
+        (PROMPTS, {"seed": -1}, "seed: expected a whole number from 0"),
+        (PROMPTS, {"seed": 10**30}, "seed: expected a whole number from 0"),
+        (PROMPTS, {"adapter_names": ["default", "nobody", "__base__"]}, "no adapter 'nobody'; there are"),
         ({"attention_mask": 1}, {}, "needs input_ids"),
         (PROMPTS, {"engine": "native"}, "engine: expected None or 'transformers', got 'native'"),
         (PROMPTS, {"max_new_tokens": 0}, "max_new_tokens: expected a whole number >= 1"),
@@ -152,6 +160,8 @@ def test_films_steer_what_is_written():
         (PROMPTS, {"temperature": -1}, "temperature"),
         (PROMPTS, {"top_p": 1.5, "temperature": 1.0}, "top_p"),
         (PROMPTS, {"top_k": 5}, "give a temperature"),
+        (PROMPTS, {"temperature": "hot"}, "temperature: expected a number, got 'hot'"),
+        (RIGHT_PADDED, {}, "ends in padding; encode with padding_side='left'"),
         (PROMPTS, {"repetition_penalty": 0}, "repetition_penalty"),
         (PROMPTS, {"batch_size": 0}, "batch_size"),
         (PROMPTS, {"adapter_names": ["default"]}, "one name per row"),
@@ -169,3 +179,8 @@ def test_bad_input_is_refused_by_name(inputs, options, message):
 def test_prompts_without_a_processor_are_refused():
     with pytest.raises(InputError, match="processor:"):
         dive_fast.generate(steered(), PROMPTS)
+
+
+def test_adapter_names_need_a_model_with_adapters():
+    with pytest.raises(InputError, match="adapter_names: the model carries no adapters"):
+        dive_fast.generate(tiny_llama(), PROMPTS, processor=tiny_tokenizer(), adapter_names=["__base__"] * 3)

@@ -52,6 +52,7 @@ ALLOWED_LAZILY = {"metrics": {"supervision.lexicon"}}
 
 # Modules and folders that belong to the room beside them.
 PART_OF = {
+    "arguments": "train",
     "checkpoints": "train",
     "trainer": "train",
     "report_assets": "report",

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditiona
 from dive_fast.data import generated_films, load_image
 from dive_fast.errors import InputError
 from dive_fast.models import smollm2
+from dive_fast.models.backbone import load_backbone
 from dive_fast.models.smol_llava import build_smol_llava
 from dive_fast.models.smollm2 import is_builtin, load_smollm2
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
@@ -323,3 +324,16 @@ def test_conversion_is_announced(tmp_path, quick_conversion, caplog):
     with caplog.at_level(logging.INFO, logger="dive_fast"):
         load_smollm2(tmp_path / "cache")
     assert "converting SmolLM2-135M-Instruct.Q4_1.gguf once" in caplog.text
+
+
+def test_a_folder_with_weights_cut_short_is_refused(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="could not be loaded as llama: .*is the folder whole"):
+        load_backbone(str(tmp_path))
+
+
+def test_a_dtype_that_is_no_float_is_refused(tmp_path):
+    with pytest.raises(InputError, match="dtype: expected float32, bfloat16 or float16, got 'int8'"):
+        load_backbone(str(tmp_path), dtype="int8")

@@ -196,3 +196,30 @@ def test_a_film_that_does_not_decode_is_named(tmp_path):
     records = [*generated_films(3), Record("torn", "Describe the film.", "clear.", (broken,))]
     with pytest.raises(InputError, match="torn"):
         dive_fast.train(model, records, tmp_path / "run", processor=processor, args={"max_steps": 2})
+
+
+def test_a_cache_that_cannot_be_written_names_cache_dir_and_stays_valid(tmp_path, monkeypatch):
+    from dive_fast.supervision import cache as module
+
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cache_dir: .*file cannot be used as a folder"):
+        module.TensorCache(tmp_path / "file")
+    cache = module.TensorCache(tmp_path / "c")
+    cache.store("aa1", {"x": torch.ones(3)})
+    real = module.save_file
+
+    def full(tensors, path, metadata):
+        real(tensors, path, metadata)
+        path.write_bytes(path.read_bytes()[:20])
+        raise module.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(InputError, match="cache_dir: .*No space left.*free disk space"):
+        cache.store("aa2", {"x": torch.ones(3)})
+    assert [path.name for path in (tmp_path / "c").rglob("*") if path.is_file()] == ["aa1.safetensors"]
+    assert torch.equal(cache.load("aa1")["x"], torch.ones(3)) and cache.load("aa2") is None
+
+
+def test_memory_bytes_below_zero_are_refused():
+    with pytest.raises(InputError, match="memory_bytes: expected a whole number >= 0, got -1"):
+        dive_fast.Teacher(memory_bytes=-1)

@@ -376,6 +376,10 @@ def test_checkpointed_bfloat16_training_runs(tmp_path):
         ({"records": [Record("a", "p", " ")]}, "a"),
         ({"records": [{"prompt": "p", "text": "t"}]}, "report"),
         ({"processor": None}, "processor:"),
+        ({"steering": {"r": 4}}, "steering: expected a dive_fast.DiveConfig, got dict"),
+        ({"supervision": {"eos_weight": 4}}, "supervision: expected a dive_fast.Supervision"),
+        ({"teacher": {"shots": 2}}, "teacher: expected a dive_fast.Teacher"),
+        ({"args": {"per_device_train_batch_size": 1.5}}, "per_device_train_batch_size: expected a whole number"),
         ({"args": {"max_stepz": 3}}, "did you mean 'max_steps'"),
         ({"args": {"learning_rate": "fast"}}, "args:"),
         ({"supervision": dive_fast.Supervision(tagger="disagreement")}, "disagreement"),
@@ -411,3 +415,114 @@ def test_load_refuses_what_is_no_adapter(tmp_path):
 def test_negative_weights_are_refused(name):
     with pytest.raises(InputError, match=f"{name}: expected a number >= 0, got -1"):
         dive_fast.Supervision(**{name: -1})
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("learning_rate", -1),
+        ("learning_rate", float("inf")),
+        ("weight_decay", -1),
+        ("max_grad_norm", -1),
+        ("adam_beta1", 1.0),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("per_device_train_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("save_total_limit", -1),
+        ("save_steps", 0),
+        ("num_train_epochs", 0),
+        ("max_steps", 0),
+        ("max_steps", -5),
+    ],
+)
+def test_training_arguments_out_of_range_are_refused(tmp_path, name, value):
+    with pytest.raises(InputError, match=f"args: {name}: expected"):
+        run(tmp_path, args={name: value})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:] = float("nan")
+    with pytest.raises(InputError, match="loss became nan"):
+        run(tmp_path, model)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_may_mix_records_with_and_without_images():
+    from dive_fast.data.films import generated_films
+    from dive_fast.likelihood import report_nll
+    from dive_fast.models.smol_llava import build_smol_llava
+
+    model, processor = build_smol_llava()
+    films = generated_films(4)
+    records = [films[0], Record("text", "Indication: cough.", "no effusion."), *films[1:3]]
+    encoder = ReportEncoder(processor)
+    mixed, _ = report_nll(model, records, encoder, batch_size=4)
+    alone, _ = report_nll(model, records, encoder, batch_size=1)
+    assert mixed == pytest.approx(alone, rel=1e-4)
+    blind, _ = report_nll(model, [Record("blind", films[0].prompt, films[0].report)], encoder)
+    assert abs(blind[0] - mixed[0]) > 1e-3, "the image changes nothing"
+
+
+def test_resume_says_which_checkpoint_it_passes_over(tmp_path, caplog):
+    args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = adapter_bytes(run(tmp_path, args=args).adapter_dir)
+    (tmp_path / "run" / "checkpoint-4" / checkpoints.MANIFEST).unlink()
+    assert adapter_bytes(run(tmp_path, args=args, resume=True).adapter_dir) == whole
+    assert "checkpoint-4 is cut short" in caplog.text and "checkpoint-2" not in caplog.text
+
+
+@pytest.mark.parametrize("step", ["save_adapter", "write_json"])
+def test_a_full_disk_at_the_end_names_the_checkpoint(tmp_path, monkeypatch, step):
+    def full(target, *rest):
+        raise OSError(28, "No space left on device")
+
+    args = {"save_strategy": "steps", "save_steps": 2}
+    run(tmp_path / "a", args=args)
+    monkeypatch.setattr(checkpoints, step, full)
+    kept = "" if step == "write_json" else r".*checkpoint-4 is whole"
+    with pytest.raises(InputError, match=rf"output_dir: .*No space left{kept}.*free disk space"):
+        run(tmp_path / "b", args=args)
+    assert (tmp_path / "b" / "run").exists() == (step == "save_adapter")
+    assert not list((tmp_path / "b").rglob("run/adapter_model*"))
+
+
+def test_a_second_ctrl_c_names_the_last_checkpoint_and_leaves_no_half(tmp_path, monkeypatch):
+    real = checkpoints.write_manifest
+
+    def interrupted(folder):
+        if folder.name == "checkpoint-4":
+            raise KeyboardInterrupt
+        real(folder)
+
+    monkeypatch.setattr(checkpoints, "write_manifest", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="saved to .*checkpoint-2") as stop:
+        run(tmp_path, args={"save_strategy": "steps", "save_steps": 2})
+    assert stop.value.saved_to == tmp_path / "run" / "checkpoint-2"
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("adapter_config.json", lambda text: text.replace('"r": 4', '"r": 8'), "does not fit.*size mismatch"),
+        ("adapter_config.json", lambda text: text[:40], "cannot be read.*copy it again"),
+        ("adapter_config.json", lambda text: "[1]", "cannot be read"),
+        ("adapter_model.safetensors", lambda text: "", "cut short"),
+    ],
+)
+def test_load_refuses_a_damaged_adapter(tmp_path, file, change, message):
+    peft.get_peft_model(tiny_llama(), dive_fast.DiveConfig(r=4)).save_pretrained(tmp_path)
+    path = tmp_path / file
+    path.write_text(change(path.read_text(encoding="latin-1")))
+    with pytest.raises(InputError, match=message):
+        dive_fast.load(tiny_llama(), tmp_path)
+
+
+def test_load_refuses_a_lora_adapter_by_name(tmp_path):
+    peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds a LORA adapter, not a steering adapter; load it with peft"):
+        dive_fast.load(tiny_llama(), tmp_path)

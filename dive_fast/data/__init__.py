@@ -45,7 +45,8 @@ def load_data(name: str, **options) -> list[Record]:
     if name not in DATA_SETS:
         near = difflib.get_close_matches(str(name), DATA_SETS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"data set: expected one of {', '.join(DATA_SETS)}, got {name!r}.{hint}")
+        known = f"one of {', '.join(DATA_SETS)}, or a .jsonl, .json or .csv file"
+        raise InputError(f"data set: expected {known}, got {name!r}.{hint}")
     loader = DATA_SETS[name]
     signature = inspect.signature(loader)
     try:

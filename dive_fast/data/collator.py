@@ -41,7 +41,8 @@ class ReportCollator:
         for record, length in zip(records, batch["attention_mask"].sum(dim=1).tolist(), strict=True):
             if limit is not None and length > limit:
                 raise InputError(
-                    f"record {record.id!r}: prompt and report have {length} tokens, the model's context has {limit}"
+                    f"record {record.id!r}: prompt and report have {length} tokens, the model's context has {limit}; "
+                    "shorten the record or leave it out"
                 )
         weights = [
             torch.ones(len(r.ids)) if self.weigh is None else torch.tensor(self.weigh(record, r), dtype=torch.float32)

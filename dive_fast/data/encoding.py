@@ -79,7 +79,10 @@ class ReportEncoder:
         A tokenizer without a chat template gets turns separated by blank lines.
         """
         if not self.sees and any(r.images for r in (*demonstrations, record)):
-            raise InputError(f"record {record.id!r} has images, but {type(self.processor).__name__} only reads text")
+            raise InputError(
+                f"record {record.id!r} has images, but {type(self.processor).__name__} only reads text; "
+                "use a vision-language model, or leave the images out"
+            )
         if self.processor.chat_template is None:
             turns = [f"{demo.prompt}\n{demo.report}\n\n" for demo in demonstrations]
             return "".join([*turns, f"{record.prompt}\n"])
@@ -112,9 +115,9 @@ class ReportEncoder:
             for record, demos in zip(records, demonstrations, strict=True)
         ]
         if self.sees and any(images):
-            batch = self.processor(text=texts, images=images if all(images) else self._without_gaps(images), **options)
+            batch = self.processor(text=texts, images=images, **options)
         else:
-            batch = self.tokenizer(texts, **options)
+            batch = self.tokenizer(texts, verbose=False, **options)
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         for record, length in zip(records, lengths, strict=True):
             if self.context_length is not None and length >= self.context_length:
@@ -137,16 +140,14 @@ class ReportEncoder:
         for start in range(0, len(records), 1024):
             part = records[start : start + 1024]
             texts = [self.prompt_text(record) + record.report for record in part]
-            for record, ids in zip(part, self.tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+            # verbose=False: the tokenizer's own warning of a long text would come in front of the refusal.
+            rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            for record, ids in zip(part, rows, strict=True):
                 if len(ids) >= self.context_length:
                     raise InputError(
                         f"record {record.id!r}: prompt and report have {len(ids) + 1} tokens, "
-                        f"the model's context has {self.context_length}"
+                        f"the model's context has {self.context_length}; shorten the record or leave it out"
                     )
-
-    @staticmethod
-    def _without_gaps(images):
-        raise InputError("a batch mixes records with and without images; group them or give every record an image")
 
 
 def pad_rows(rows: Sequence[torch.Tensor], value: float, side: str = "right") -> torch.Tensor:

@@ -157,6 +157,8 @@ def _read_rows(path: Path) -> Iterator[tuple[int, Mapping]]:
         # utf-8-sig: spreadsheets write a byte-order mark, which would become part of the first column's name.
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield from reader(file, path)
+    except PermissionError as error:
+        raise InputError(f"path: {path} cannot be read ({error.strerror}); mend its permissions") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"path: {path} is not a whole gzip file ({error}); copy it again") from error
     except UnicodeDecodeError as error:

@@ -85,11 +85,15 @@ def generate(
     encoder = None if processor is None else ReportEncoder(processor, context_length=context)
     batches, order = _batches(inputs, encoder, batch_size, demonstrations)
     rows = len(order)
+    if adapter_names is not None and not hasattr(model, "peft_config"):
+        raise InputError("adapter_names: the model carries no adapters; load one, or leave adapter_names out")
     if adapter_names is not None and len(adapter_names) != rows:
         raise InputError(f"adapter_names: expected one name per row ({rows}), got {len(adapter_names)}")
     if streamer is not None and rows != 1:
         raise InputError(f"streamer: it shows one row, got {rows}; generate without it or row by row")
     if seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise InputError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")
         torch.manual_seed(seed)
     eos = _eos_ids(model, encoder)
     was_training = model.training
@@ -134,6 +138,9 @@ def _options(max_new_tokens, min_new_tokens, temperature, top_k, top_p, repetiti
             raise InputError(f"{name}: expected a whole number >= {low}, got {value!r}")
     if min_new_tokens > max_new_tokens:
         raise InputError(f"min_new_tokens: {min_new_tokens} is more than max_new_tokens={max_new_tokens}")
+    for name, value in (("temperature", temperature), ("top_p", top_p), ("repetition_penalty", repetition_penalty)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{name}: expected a number, got {value!r}")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature: expected a number >= 0 (0 is greedy), got {temperature!r}")
     if not 0 < top_p <= 1:
@@ -194,7 +201,9 @@ def _prompt_records(inputs) -> list[Record]:
         if not isinstance(item, str | Record):
             raise InputError(f"inputs: item {index} is a {type(item).__name__}; expected records or plain prompts")
         if isinstance(item, str) and not item.strip():
-            raise InputError(f"inputs: prompt {index} is empty")
+            raise InputError(f"inputs: prompt {index} is empty; write what the report should be about, or leave it out")
+        if isinstance(item, Record) and not (isinstance(item.prompt, str) and item.prompt.strip()):
+            raise InputError(f"inputs: the prompt of record {item.id!r} is empty; write one, or leave the record out")
     return [Record(f"prompt {i}", item, "") if isinstance(item, str) else item for i, item in enumerate(inputs)]
 
 
@@ -202,6 +211,8 @@ def _check_room(batch: dict, context: int, max_new_tokens: int) -> int:
     """The batch's prompt tokens; InputError where one leaves too little room."""
     mask = batch.get("attention_mask")
     length = batch["input_ids"].shape[1]
+    if mask is not None and not mask[:, -1].all():
+        raise InputError("inputs: a row of input_ids ends in padding; encode with padding_side='left'")
     lengths = [length] * batch["input_ids"].shape[0] if mask is None else mask.sum(dim=1).tolist()
     if max(lengths) + max_new_tokens > context:
         raise InputError(

@@ -1,6 +1,6 @@
 """Metrics, one a file. A new one is a file with a `METRIC` and a row below."""
 
-from dive_fast.metrics import bleu, cider, decisive, length, meteor, rouge_l, termination
+from dive_fast.metrics import bleu, cider, decisive, length, meteor, perplexity, rouge_l, termination
 from dive_fast.metrics.metric import Metric
 
 METRICS: dict[str, Metric] = {
@@ -11,6 +11,7 @@ METRICS: dict[str, Metric] = {
     "decisive": decisive.METRIC,
     "length": length.METRIC,
     "termination": termination.METRIC,
+    "perplexity": perplexity.METRIC,
 }
 
 # Those that need neither Java nor more than texts.

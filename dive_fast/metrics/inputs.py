@@ -1,9 +1,10 @@
 """The checks `dive_fast.evaluate` makes once; the metrics trust what they get."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dive_fast.errors import InputError
+from dive_fast.metrics.perplexity import likelihood_statistics
 from dive_fast.metrics.protocols import PROTOCOLS, collapse_whitespace
 from dive_fast.supervision.tagger import Tagger
 
@@ -63,8 +64,8 @@ def has_words(text: str) -> bool:
     return any(character.isalnum() for character in text)
 
 
-def metric_names(metrics, finish_reasons, table) -> list[str]:
-    """The distinct names asked for, in order; `finish_reasons` ask for `termination`."""
+def metric_names(metrics, finish_reasons, likelihoods, table) -> list[str]:
+    """The distinct names asked for, in order; `finish_reasons` adds `termination`, `likelihoods` adds `perplexity`."""
     names = [metrics] if isinstance(metrics, str) else list(metrics)
     for name in names:
         if name not in table:
@@ -73,6 +74,8 @@ def metric_names(metrics, finish_reasons, table) -> list[str]:
             raise InputError(f"metrics: unknown metric {name!r}{hint} Known: {', '.join(table)}")
     if finish_reasons is not None:
         names.append("termination")
+    if likelihoods is not None:
+        names.append("perplexity")
     if not names:
         raise InputError(f"metrics: expected at least one of {', '.join(table)}; got none")
     return list(dict.fromkeys(names))
@@ -114,3 +117,18 @@ def checked_finish_reasons(finish_reasons, n: int) -> list[str]:
     if unknown is not None:
         raise InputError(f"finish_reasons: expected 'eos' or 'length', got {unknown!r}")
     return reasons
+
+
+def checked_likelihoods(likelihoods, n: int):
+    """[N, 2] of `likelihoods`, the pair that `dive_fast.likelihood.report_nll` returns."""
+    if likelihoods is None:
+        raise InputError(
+            "likelihoods: the metric 'perplexity' needs them, got None; pass what dive_fast.likelihood.report_nll "
+            "returned, or leave 'perplexity' out of metrics"
+        )
+    if not isinstance(likelihoods, Sequence) or len(likelihoods) != 2:
+        raise InputError("likelihoods: expected the pair (summed negative log-likelihoods, token counts)")
+    statistics = likelihood_statistics(*likelihoods)
+    if len(statistics) != n:
+        raise InputError(f"likelihoods: expected one for each of the {n} documents, got {len(statistics)}")
+    return statistics

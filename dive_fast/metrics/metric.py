@@ -24,6 +24,7 @@ class Documents:
     names: Sequence[str]  # how a message calls each document
     tagger: Tagger | None = None
     finish_reasons: Sequence[str] | None = None
+    likelihoods: np.ndarray | None = None  # [N, 2]: summed negative log-likelihood, number of tokens
 
     def scorer_inputs(self) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
         """(references, predictions) in the shape pycocoevalcap's scorers take."""
@@ -49,7 +50,7 @@ class Metric(NamedTuple):
     """
 
     keys: tuple[str, ...]
-    reads: Literal["protocol", "report", "finish_reasons"]
+    reads: Literal["protocol", "report", "finish_reasons", "likelihoods"]
     measure: Callable[[Documents], Measurement]
     combine: Callable[[np.ndarray, int], dict[str, np.ndarray]]
 

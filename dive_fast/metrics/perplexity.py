@@ -7,6 +7,7 @@ import numpy as np
 
 from dive_fast.errors import InputError
 from dive_fast.metrics.bootstrap import check_bootstrap, percentile_interval, resampled_sums
+from dive_fast.metrics.metric import Documents, Measurement, Metric
 
 
 def corpus_perplexity(
@@ -27,6 +28,16 @@ def corpus_perplexity(
         InputError: no documents, different lengths, a count below 1, a sum that is not finite, a negative bootstrap.
     """
     check_bootstrap(bootstrap, seed)
+    statistics = likelihood_statistics(nll_sums, token_counts)
+    perplexity = math.exp(statistics[:, 0].sum() / statistics[:, 1].sum())
+    if bootstrap == 0:
+        return perplexity, None
+    resampled = combine(resampled_sums(statistics, bootstrap, seed), len(statistics))
+    return perplexity, percentile_interval(resampled["perplexity"])
+
+
+def likelihood_statistics(nll_sums: Sequence[float], token_counts: Sequence[int]) -> np.ndarray:
+    """The checked table [N, 2] of summed negative log-likelihoods and token counts."""
     nll = np.array([float(value) for value in nll_sums], dtype=np.float64)
     tokens = np.array([float(value) for value in token_counts], dtype=np.float64)
     if len(nll) != len(tokens) or len(nll) == 0:
@@ -38,8 +49,18 @@ def corpus_perplexity(
     if not (tokens >= 1).all():
         index = int(np.argmin(tokens >= 1))
         raise InputError(f"token_counts: expected at least 1, entry {index} is {tokens[index]:g}; leave it out")
-    perplexity = math.exp(nll.sum() / tokens.sum())
-    if bootstrap == 0:
-        return perplexity, None
-    sums = resampled_sums(np.stack([nll, tokens], axis=1), bootstrap, seed)
-    return perplexity, percentile_interval(np.exp(sums[:, 0] / sums[:, 1]))
+    return np.stack([nll, tokens], axis=1)
+
+
+def measure(documents: Documents) -> Measurement:
+    statistics = documents.likelihoods
+    nll, tokens = statistics.sum(axis=0)
+    each = np.exp(statistics[:, 0] / statistics[:, 1]).tolist()
+    return Measurement({"perplexity": math.exp(nll / tokens)}, statistics, {"perplexity": each})
+
+
+def combine(sums: np.ndarray, n: int) -> dict[str, np.ndarray]:
+    return {"perplexity": np.exp(sums[:, 0] / sums[:, 1])}
+
+
+METRIC = Metric(("perplexity",), "likelihoods", measure, combine)

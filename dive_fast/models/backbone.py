@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.utils import logging
 
@@ -23,7 +24,7 @@ def load_backbone(name_or_path: str, *, dtype: torch.dtype | str | None = None, 
     from dive_fast.models.smollm2 import is_builtin, load_smollm2
 
     if isinstance(dtype, str):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        if not getattr(getattr(torch, dtype, None), "is_floating_point", False):
             raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
         dtype = getattr(torch, dtype)
     shown = logging.is_progress_bar_enabled()
@@ -43,7 +44,10 @@ def load_backbone(name_or_path: str, *, dtype: torch.dtype | str | None = None, 
 def _load_pretrained(name: str, dtype):
     looks_local = name.startswith((".", "/", "~"))
     if looks_local and not (Path(name).expanduser() / "config.json").is_file():
-        raise InputError(f"model: no model at {name} (it has no config.json)")
+        raise InputError(
+            f"model: no model at {name} (there is no config.json in it); give a folder that save_pretrained wrote, "
+            "smollm2, or a hub id"
+        )
     name = str(Path(name).expanduser()) if looks_local else name
     try:
         config = AutoConfig.from_pretrained(name)
@@ -57,6 +61,9 @@ def _load_pretrained(name: str, dtype):
     try:
         model = auto.from_pretrained(name, dtype=dtype)
         processor = AutoProcessor.from_pretrained(name) if sees else AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model: {name!r} could not be loaded as {config.model_type}: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        why = " ".join(str(error).split())
+        raise InputError(
+            f"model: {name!r} could not be loaded as {config.model_type}: {why}; is the folder whole?"
+        ) from error
     return model, processor

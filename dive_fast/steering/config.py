@@ -1,5 +1,6 @@
 """What a steering adapter is: its kind, its rank, where it sits and which positions it steers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -99,6 +100,8 @@ class DiveConfig(PeftConfig):
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("site", self.site, SITES)
         _one_of("scope", self.scope, SCOPES)
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
+            raise InputError(f"alpha: expected a finite number, got {self.alpha!r}")
         if isinstance(self.r, bool) or not isinstance(self.r, int):
             raise InputError(f"r: expected a whole number, got {self.r!r}")
         if kind.has_rank and self.r < 1:

@@ -11,12 +11,15 @@ import logging
 import os
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from dive_fast.errors import InputError
 
 FORMAT = "dive_fast teacher 1"
 SAMPLED_VALUES = 256
@@ -57,11 +60,20 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 
 
 class TensorCache:
-    """A folder of named tensor dictionaries; safe for several processes that write the same entries."""
+    """A folder of named tensor dictionaries; safe for several processes that write the same entries.
+
+    Raises:
+        InputError: the folder cannot be made, or (from `store`) not be written.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"cache_dir: {self.folder} cannot be used as a folder ({error.strerror}); name another"
+            ) from error
 
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -86,14 +98,20 @@ class TensorCache:
     def store(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write an entry whole or not at all."""
         path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, temporary, {"format": FORMAT, "key": key, "sum": _checksum(tensors)})
             os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"cache_dir: {self.folder} cannot be written ({error}); free disk space or name another folder. "
+                "What it holds already stays valid"
+            ) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # it is gone after success
+                temporary.unlink()
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -40,7 +40,7 @@ class Teacher:
         seed: of the draw.
 
     Raises:
-        InputError: shots below 1, an unknown `demos`.
+        InputError: shots below 1, an unknown `demos`, negative memory_bytes.
     """
 
     shots: int = field(default=8, metadata={"help": "demonstrations in the teacher's context"})
@@ -53,6 +53,8 @@ class Teacher:
     def __post_init__(self):
         if isinstance(self.shots, bool) or not isinstance(self.shots, int) or self.shots < 1:
             raise InputError(f"shots: a teacher needs at least 1 demonstration, got {self.shots!r}")
+        if isinstance(self.memory_bytes, bool) or not isinstance(self.memory_bytes, int) or self.memory_bytes < 0:
+            raise InputError(f"memory_bytes: expected a whole number >= 0, got {self.memory_bytes!r}")
         if self.demos not in DEMOS:
             raise InputError(f"demos: expected one of {', '.join(DEMOS)}, got {self.demos!r}")
 
