@@ -122,7 +122,8 @@ def render(diagnosis: dict, console=None) -> None:
 def environment() -> dict[str, str]:
     """The machine and the versions a result was made with, as label -> text; goes into every stored record."""
     found = diagnose()
-    facts = {"python": found["python"], "platform": found["platform"]}
+    system = f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}"
+    facts = {"python": found["python"], "platform": system}
     facts |= {name: version for name, version in found["packages"].items() if version is not None}
     if found["cpu"]:
         facts["processor"] = f"{found['cpu']['brand']}, {found['cpu']['physical_cores']} cores"
