@@ -86,7 +86,7 @@ class DiveTrainer(Trainer):
         positions = response_positions_from_labels(labels)
         targets = labels[:, 1:][positions[:, :-1]]
         weights = inputs["token_weights"][:, 1:][positions[:, :-1]]
-        taught = self._teacher_targets(inputs["records"], targets.device)
+        taught = None if self.teacher is None else [self.teacher.targets(record) for record in inputs["records"]]
         if settings.needs_disagreement:
             weights = weights + self._disagreement(taught).to(weights)
         align = settings.align_weight > 0 and taught is not None
@@ -112,11 +112,6 @@ class DiveTrainer(Trainer):
         # Data parallelism averages gradients over processes; the totals above already count all of them.
         loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
-
-    def _teacher_targets(self, records: Sequence[Record], device) -> list[TeacherTargets] | None:
-        if self.teacher is None:
-            return None
-        return [self.teacher.targets(record) for record in records]
 
     def _distributions(self, taught: list[TeacherTargets]):
         device = self.head.weight.device

@@ -68,17 +68,16 @@ def steering_masks(
     a cache is response.
     """
     real = _real_tokens(shape, past_length, attention_mask, generation, device)
-    everything = real is None
-    real = torch.ones(shape, dtype=torch.bool, device=device) if everything else real
+    every = real
+    if real is None:
+        real = torch.ones(shape, dtype=torch.bool, device=device)
     masks: dict[str, torch.Tensor | None] = {}
     if "all" in scopes:
-        masks["all"] = None if everything else real
+        masks["all"] = every
     if scopes - {"all"}:
         response = _response_positions(shape, real, past_length, response_positions, generation, device)
         if "response" in scopes:
-            masks["response"] = (
-                None if response is None and everything else real if response is None else response & real
-            )
+            masks["response"] = every if response is None else response & real
         if "prompt" in scopes:
             before = torch.zeros_like(real) if response is None else response.cumsum(dim=1) == 0
             masks["prompt"] = before & real
