@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from dive_fast import doctor, native
+from dive_fast import checkpoints, doctor, native
 from dive_fast.data import load_data
 from dive_fast.data.demonstrations import DemonstrationPool
 from dive_fast.data.encoding import ReportEncoder
@@ -124,6 +124,7 @@ def main(
         if getattr(budget, name) < 1:
             raise InputError(f"{name}: expected a whole number >= 1, got {getattr(budget, name)}")
     output = Path(output)
+    from_scratch = not output.exists() or not any(output.iterdir())
     console = Console()
     start = time.perf_counter()
     with _step(console, "Loading SmolLM2-135M-Instruct (frozen) and the Open-i reports"):
@@ -156,12 +157,15 @@ def main(
         systems.append(entry)
         result.model.unload()
     summary = _summary(task, budget, output, systems, quick)
-    summary["run"] |= {"teacher_seconds": teacher_seconds, "seconds_total": time.perf_counter() - start}
+    summary["run"]["teacher_seconds"] = teacher_seconds
+    seconds_total = time.perf_counter() - start
+    if from_scratch:
+        summary["run"]["seconds_total"] = seconds_total
     (output / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     page = write_report(summary, output / "report.html")
     console.print()
     console.print(result_table(summary))
-    console.print(f"Finished in {summary['run']['seconds_total'] / 60:.1f} minutes. Open {page} in a browser.")
+    console.print(f"Finished in {seconds_total / 60:.1f} minutes. Open {page} in a browser.")
     return 0
 
 
@@ -205,18 +209,28 @@ def _teacher(task: Task, output: Path, budget: Budget) -> Teacher:
     )
 
 
-def _teach(console: Console, task: Task, output: Path, budget: Budget) -> float:
+def _stage_seconds(file: Path, measured: float, *, whole: bool) -> float | None:
+    """What a stage takes: as measured if it ran from start to end, else as an earlier whole run noted it, else None."""
+    if whole:
+        file.write_text(json.dumps(measured), encoding="utf-8")
+        return measured
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _teach(console: Console, task: Task, output: Path, budget: Budget) -> float | None:
     """Fill the cache that both adapters are distilled from, so that the time of each is its own."""
     settings = _teacher(task, output, budget)
     runner = TeacherRunner(task.model, task.encoder, task.pool, cache_dir=settings.cache_dir)
     start = time.perf_counter()
     for record in track(task.train, f"{SHOTS}-shot teacher reads the training reports", console=console):
         runner.targets(record)
-    return time.perf_counter() - start
+    whole = runner.passes == len(task.train)
+    return _stage_seconds(output / "teacher-seconds.json", time.perf_counter() - start, whole=whole)
 
 
 def _train(console, task: Task, folder: Path, adapter: Adapter, budget: Budget):
     console.print(f"[bold]Training: {adapter.label}[/]")
+    whole = not checkpoints.checkpoints(folder)
     start = time.perf_counter()
     result: TrainResult = train(
         task.model,
@@ -237,7 +251,7 @@ def _train(console, task: Task, folder: Path, adapter: Adapter, budget: Budget):
         },
         resume=True,
     )
-    return result, time.perf_counter() - start
+    return result, _stage_seconds(folder / "train-seconds.json", time.perf_counter() - start, whole=whole)
 
 
 def _score(
