@@ -41,7 +41,15 @@ class DiveTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = field(default="none", metadata={"help": "trackers to report to"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "records are not columns; keep False"})
 
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "every adapter parameter takes part in every step"}
+    )
+
     def __post_init__(self):
+        if not torch.accelerator.is_available():
+            # Unsaid, processes started together on a CPU would train one copy of the model each, side by side.
+            self.use_cpu = True
+            self.dataloader_pin_memory = False
         super().__post_init__()
         _check_ranges(self)
 
@@ -68,8 +76,6 @@ def training_arguments(args: Mapping | TrainingArguments | None, output_dir: Pat
             arguments = DiveTrainingArguments(**{**(args or {}), "output_dir": str(output_dir)})
         except (ValueError, TypeError, ImportError) as error:
             raise InputError(f"args: {error}") from error
-    if not torch.cuda.is_available():
-        arguments.dataloader_pin_memory = False
     if arguments.n_gpu > 1:
         raise InputError(
             f"args: {arguments.n_gpu} GPUs are visible to one process; start one process per GPU with "

@@ -314,7 +314,8 @@ def _difference_table(args: Namespace, a, b, differences: Mapping):
     table = _table(title, "A", "B", "A − B", "95 % paired interval", "")
     for key, found in differences.items():
         interval = found["interval"]
-        clear = interval is not None and (interval[0] > 0 or interval[1] < 0)
+        # As shown: a smoothing residue of 1e-9 is no difference.
+        clear = interval is not None and (round(interval[0], 4) > 0 or round(interval[1], 4) < 0)
         cells = (f"{a[key]:.4f}", f"{b[key]:.4f}", f"{found['difference']:+.4f}", _interval(interval))
         table.add_row(key, *cells, "leaves out 0" if clear else "", style="bold" if clear else "")
     return table

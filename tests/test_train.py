@@ -155,7 +155,7 @@ WORKER = textwrap.dedent(
     import sys; sys.path.insert(0, {tests!r})
     import test_train
     from pathlib import Path
-    test_train.run(Path(sys.argv[1]), args={{"per_device_train_batch_size": int(sys.argv[2]), "use_cpu": True}},
+    test_train.run(Path(sys.argv[1]), args={{"per_device_train_batch_size": int(sys.argv[2])}},
                    teacher=test_train.dive_fast.Teacher(shots=2))
     """
 )

@@ -199,7 +199,9 @@ def _prompt_records(inputs) -> list[Record]:
         raise InputError("inputs: nothing to generate from, the list is empty")
     for index, item in enumerate(inputs):
         if not isinstance(item, str | Record):
-            raise InputError(f"inputs: item {index} is a {type(item).__name__}; expected records or plain prompts")
+            raise InputError(
+                f"inputs: item {index} is a {type(item).__name__}; expected dive_fast.Record objects or plain prompts"
+            )
         if isinstance(item, str) and not item.strip():
             raise InputError(f"inputs: prompt {index} is empty; write what the report should be about, or leave it out")
         if isinstance(item, Record) and not (isinstance(item.prompt, str) and item.prompt.strip()):

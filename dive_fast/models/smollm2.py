@@ -54,6 +54,8 @@ def load_smollm2(cache_dir: str | Path | None = None, dtype: torch.dtype = torch
         cache_dir = Path.home() / ".cache" / "dive_fast" / f"smollm2-135m-instruct-{version}"
     folder = _ensure_cache(Path(cache_dir).expanduser(), source)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    # Adapters store where their base came from; a cache folder of this machine means nothing on another one.
+    model.name_or_path = model.config._name_or_path = ""
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
