@@ -119,7 +119,10 @@ def main(
     Raises:
         InputError: a number below 1; the model or the reports are not installed; `output` holds another run.
     """
-    budget = Budget(steps or (6 if quick else STEPS), eval_reports or (8 if quick else EVAL_REPORTS), seed)
+    usual_steps, usual_reports = (6, 8) if quick else (STEPS, EVAL_REPORTS)
+    budget = Budget(
+        usual_steps if steps is None else steps, usual_reports if eval_reports is None else eval_reports, seed
+    )
     for name in ("steps", "eval_reports"):
         if getattr(budget, name) < 1:
             raise InputError(f"{name}: expected a whole number >= 1, got {getattr(budget, name)}")

@@ -131,7 +131,7 @@ def test_streaming_shows_the_text_that_is_returned():
     assert "".join(streamer) == out.texts[0]
 
 
-def test_films_steer_what_is_written():
+def test_generation_runs_on_films_and_keeps_the_rows_apart():
     model, processor = build_smol_llava()
     model = peft.get_peft_model(model, dive_fast.DiveConfig(r=4)).eval()
     films = generated_films(3, seed=1)
@@ -139,8 +139,7 @@ def test_films_steer_what_is_written():
     swapped = [Record(f.id, f.prompt, f.report, g.images) for f, g in zip(films, reversed(films), strict=True)]
     other = dive_fast.generate(model, swapped, processor=processor, max_new_tokens=6, batch_size=2)
     assert torch.equal(out.sequences[1], other.sequences[1])
-    batch = processor.tokenizer.pad_token_id
-    assert batch is not None and len(out.texts) == 3
+    assert len(out.texts) == 3
 
 
 @pytest.mark.parametrize(
