@@ -13,6 +13,10 @@ import torch  # noqa: E402
 
 torch.set_num_threads(2)
 
+if not torch.cuda.is_available():
+    # Triton decides when a kernel is defined whether it will be interpreted, so before the first import of triton.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def fixed_seeds():

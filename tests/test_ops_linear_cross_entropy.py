@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dive_fast.errors import InputError
 from dive_fast.ops import LossStats, TeacherStatistics, linear_cross_entropy, teacher_statistics
-from dive_fast.ops.linear_cross_entropy import checks, reference, spec
+from dive_fast.ops.linear_cross_entropy import spec
 
 ONE_ROW_AT_A_TIME = 1
 SOME_ROWS_AT_A_TIME = 2**14
@@ -84,8 +84,9 @@ def test_the_logits_dtype_decides_the_error_of_half_precision(dtype):
     inputs, options = problem(40, 64, 300, dtype)
     truth = spec.definition_rows(inputs, options, torch.float64)
     true_rows = torch.where(truth["counted"], truth["w"] * truth["ce"], 0)
-    rows = linear_cross_entropy(*inputs, reduction="none", **options)
-    half = linear_cross_entropy(*inputs, reduction="none", logits_dtype=dtype, **options)
+    options = options | {"reduction": "none", "backend": "reference"}
+    rows = linear_cross_entropy(*inputs, **options)
+    half = linear_cross_entropy(*inputs, logits_dtype=dtype, **options)
     assert rows.dtype == half.dtype == torch.float32
     assert (rows - true_rows).abs().max() < 1e-5 < (half - true_rows).abs().max()
 
@@ -113,7 +114,7 @@ def test_equals_torch_cross_entropy_to_the_last_bit(shape, reduction, token_weig
     weights = None if token_weights is None else torch.ones(rows)
     for bias in (None, torch.linspace(-1, 1, vocabulary)):
         ours_in, theirs_in = ([x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2))
-        ours = linear_cross_entropy(*ours_in, targets, weights, bias=bias, reduction=reduction)
+        ours = linear_cross_entropy(*ours_in, targets, weights, bias=bias, reduction=reduction, backend="reference")
         head = theirs_in[0] @ theirs_in[1].T if bias is None else F.linear(*theirs_in, bias)
         theirs = F.cross_entropy(head, targets, reduction=reduction)
         assert torch.equal(ours, theirs)
@@ -176,7 +177,7 @@ def test_rows_that_do_not_count_may_hold_nan(option, how):
     weight.requires_grad_(option != "all_statistics")
     if teacher is not None:
         for poisoned in teacher if isinstance(teacher, tuple) else (teacher,):
-            poisoned[~keep] = math.nan
+            poisoned[~keep] = math.nan if poisoned.is_floating_point() else 0
     if how == "target":
         targets = targets.masked_fill(~keep, -100)
     else:
@@ -232,11 +233,14 @@ def test_statistics_and_both_kl_forms_agree_with_kl_div():
         log_p, log_q = (F.linear(x, weight, b).log_softmax(-1) for x in (student, teacher))
         seen = torch.ones(31, dtype=torch.bool) if b is None else b.isfinite()
         expected = F.kl_div(log_p[..., seen], log_q[..., seen], log_target=True, reduction="none").sum(-1)
-        cached = teacher_statistics(teacher, weight, bias=b, max_workspace_bytes=3 * 31 * 8 * 4)
+        cached = teacher_statistics(teacher, weight, bias=b, top_k=0, max_workspace_bytes=3 * 31 * 8 * 4)
         assert isinstance(cached, TeacherStatistics)
-        torch.testing.assert_close(cached.mean_weight, log_q.exp() @ weight, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(cached.tail_mean_weight, log_q.exp() @ weight, rtol=1e-12, atol=1e-13)
+        some, every = (teacher_statistics(teacher, weight, bias=b, top_k=k) for k in (4, 64))
+        assert some.top_indices.shape == (2, 9, 4) and every.top_indices.shape == (2, 9, 31)
+        assert torch.equal(some.top_indices.long(), log_q.topk(4).indices) and not every.tail_mean_weight.any()
         gradients = []
-        for form in (teacher, cached):
+        for form in (teacher, cached, some, every):
             h = student.clone().requires_grad_()
             settings_ = {"bias": b, "teacher": form, "kl_weight": 0.5, "return_stats": True}
             _, stats = linear_cross_entropy(h, weight, targets, **settings_)
@@ -245,7 +249,8 @@ def test_statistics_and_both_kl_forms_agree_with_kl_div():
             gradients.append(torch.autograd.grad(loss, h)[0])
             nll = F.cross_entropy(F.linear(student, weight, b).flatten(0, 1), targets.flatten())
             torch.testing.assert_close(loss, nll + 0.5 * expected.mean(), rtol=1e-12, atol=0)
-        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-11, atol=1e-13)
+        for gradient in gradients[1:]:
+            torch.testing.assert_close(gradients[0], gradient, rtol=1e-11, atol=1e-13)
         assert stats.entropy.isfinite().all()
 
 
@@ -259,7 +264,7 @@ def test_teacher_gets_no_gradient_and_itself_has_no_divergence():
     assert pulled[1] is None and not torch.allclose(pulled[0], plain)
     _, stats = linear_cross_entropy(hidden, weight, targets, teacher=hidden, return_stats=True)
     assert not stats.kl.any()
-    assert teacher_statistics(hidden.bfloat16(), weight.bfloat16()).mean_weight.dtype == torch.float32
+    assert teacher_statistics(hidden.bfloat16(), weight.bfloat16()).tail_mean_weight.dtype == torch.float32
     assert not any(figure.requires_grad for figure in teacher_statistics(teacher, weight))
 
 
@@ -355,7 +360,9 @@ def test_live_vocabulary_buffers_fit_the_budget(option):
     hidden.requires_grad_()
     for extra in ({}, {"return_stats": True, "label_smoothing": 0.1}):
         with LiveBuffers(vocabulary, weight) as live:
-            loss = linear_cross_entropy(hidden, weight, *rest, max_workspace_bytes=budget, **options | extra)
+            loss = linear_cross_entropy(
+                hidden, weight, *rest, max_workspace_bytes=budget, backend="reference", **options | extra
+            )
             (loss if isinstance(loss, torch.Tensor) else loss[0]).backward()
         assert 0 < live.most_rows < rows / 4
         # At least a quarter used: a budget that is met by working row by row would be no achievement.
@@ -395,7 +402,9 @@ def sharded(value):
 
 
 # What replaces which argument of a sound call, and what the message must contain.
-STATS = TeacherStatistics(torch.zeros(4, 3), torch.zeros(4))
+STATS = TeacherStatistics(
+    torch.zeros(4, 3), torch.zeros(4), torch.zeros(4), torch.zeros(4, 2, dtype=torch.int32), torch.zeros(4, 2)
+)
 BAD_ARGUMENTS = [
     ({"hidden": [1.0]}, "hidden: expected a tensor, got list"),
     ({"hidden": torch.zeros(4, 3, dtype=torch.int64)}, "hidden: expected float16"),
@@ -428,8 +437,24 @@ BAD_ARGUMENTS = [
     ({"kl_weight": 0.5}, "teacher: expected a teacher because kl_weight > 0"),
     ({"teacher": torch.zeros(4, 2)}, "teacher: expected shape of hidden"),
     ({"teacher": "big"}, "teacher: expected a tensor"),
-    ({"teacher": TeacherStatistics(torch.zeros(4, 2), torch.zeros(4))}, "teacher.mean_weight: expected shape"),
-    ({"teacher": TeacherStatistics(torch.zeros(4, 3), torch.zeros(4, 1))}, "teacher.negative_entropy: expected shape"),
+    ({"teacher": STATS._replace(tail_mean_weight=torch.zeros(4, 2))}, "teacher.tail_mean_weight: expected shape"),
+    ({"teacher": STATS._replace(tail_mass=torch.zeros(4, 1))}, "teacher.tail_mass: expected shape"),
+    (
+        {"teacher": STATS._replace(tail_negative_entropy=torch.zeros(3))},
+        "teacher.tail_negative_entropy: expected shape",
+    ),
+    ({"teacher": STATS._replace(top_indices=torch.zeros(4, 2))}, "teacher.top_indices: expected int32 [4, 2]"),
+    ({"teacher": STATS._replace(top_log_probs=torch.zeros(4))}, "teacher.top_log_probs: expected shape"),
+    ({"teacher": STATS._replace(top_indices=STATS.top_indices + 5), "kl_weight": 1.0}, "got 5 in row 0"),
+    ({"class_weights": torch.ones(4)}, "class_weights: expected shape [V] = [5], got [4]"),
+    ({"class_weights": torch.ones(5, requires_grad=True)}, "class_weights.detach()"),
+    (
+        {"class_weights": torch.tensor([1, 1, -1.0, 1, 1])},
+        "class_weights: expected finite values >= 0, got -1.0 in row 2",
+    ),
+    ({"rows": torch.zeros(2)}, "rows: expected an int64 tensor [N]"),
+    ({"rows": [0]}, "rows: expected an int64 tensor [N], got list"),
+    ({"rows": torch.tensor([1, 4])}, "rows: expected values in [0, 4), got 4 in row 1"),
     ({"teacher": STATS, "softcap": 5.0}, "because softcap is set"),
     ({"teacher": STATS, "kl_weight": 1.0, "weight": torch.zeros(5, 3, requires_grad=True)}, "head is being trained"),
     ({"teacher": STATS, "kl_weight": 1.0, "bias": torch.zeros(5, requires_grad=True)}, "head is being trained"),
@@ -443,7 +468,9 @@ BAD_ARGUMENTS = [
     ({"denominator": torch.tensor(1.0, requires_grad=True)}, "without gradient"),
     ({"logits_dtype": torch.bfloat16}, "logits_dtype: expected None, torch.float32 or hidden's"),
     ({"max_workspace_bytes": 0}, "max_workspace_bytes: expected an int > 0"),
-    ({"backend": "triton"}, "('reference'), got 'triton'"),
+    ({"backend": "cuda"}, "('native', 'reference'), got 'cuda'"),
+    ({"backend": "native", "hidden": torch.zeros(4, 3, dtype=torch.float64)}, "'native' cannot run this"),
+    ({"backend": "native", "weight": torch.zeros(5, 3, requires_grad=True)}, "it is for a frozen head"),
 ]
 
 
@@ -460,27 +487,22 @@ def test_teacher_statistics_refuses_the_same_heads():
         teacher_statistics(torch.zeros(4, 3), torch.zeros(0, 3))
     with pytest.raises(InputError, match="bias: expected shape"):
         teacher_statistics(torch.zeros(4, 3), torch.zeros(5, 3), bias=torch.zeros(4))
+    with pytest.raises(InputError, match="top_k: expected an int >= 0, got -1"):
+        teacher_statistics(torch.zeros(4, 3), torch.zeros(5, 3), top_k=-1)
 
 
-def poisoned_loss(reduction):
-    """The loss as on a device whose values are not read, with one bad target and one bad weight."""
-    targets, weights = torch.tensor([0, 99, 2, -100]), torch.tensor([1.0, 1.0, -1.0, 1.0])
-    bad = torch.tensor([False, True, True, False])
-    targets, weights = checks.poison(targets, weights, bad)
-    options = dict.fromkeys(("bias", "softcap", "teacher", "denominator")) | dict.fromkeys(
-        ("label_smoothing", "z_loss", "kl_weight"), 0.0
-    )
-    settings_ = {"logits_dtype": torch.float32, "max_workspace_bytes": 2**20, "return_stats": False}
-    head = (torch.zeros(4, 3), torch.zeros(5, 3))
-    return reference.linear_cross_entropy(
-        *head, targets, weights, ignore_index=-100, reduction=reduction, **options, **settings_
-    )[0]
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_bad_rows_that_are_not_looked_at_make_the_loss_nan(backend):
+    hidden, weight = torch.zeros(5, 3), torch.zeros(6, 3)
+    targets, weights = torch.tensor([0, 99, 2, -100, 3]), torch.tensor([1.0, 1.0, -1.0, 1.0, math.inf])
 
+    def loss(reduction):
+        return linear_cross_entropy(
+            hidden, weight, targets, weights, reduction=reduction, check_values=False, backend=backend
+        )
 
-def test_bad_rows_that_cannot_be_read_make_the_loss_nan():
-    rows = poisoned_loss("none")
-    assert rows.isnan().tolist() == [False, True, True, False]
-    assert poisoned_loss("mean").isnan() and poisoned_loss("sum").isnan()
+    assert loss("none").isnan().tolist() == [False, True, True, False, True]
+    assert loss("mean").isnan() and loss("sum").isnan()
 
 
 @pytest.mark.gpu

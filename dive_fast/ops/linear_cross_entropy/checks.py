@@ -11,7 +11,7 @@ from dive_fast.ops.linear_cross_entropy.types import TeacherStatistics
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def check_head(hidden, weight, bias, max_workspace_bytes) -> None:
+def check_head(hidden, weight, bias, class_weights, max_workspace_bytes) -> None:
     """The final hidden states against the head, for the loss and for `teacher_statistics`."""
     for name, value in (("hidden", hidden), ("weight", weight)):
         if not isinstance(value, torch.Tensor):
@@ -29,11 +29,15 @@ def check_head(hidden, weight, bias, max_workspace_bytes) -> None:
     check_device("weight", weight, hidden.device)
     if bias is not None:
         check_tensor("bias", bias, weight.shape[:1], hidden.device, "[V]")
+    if class_weights is not None:
+        check_tensor("class_weights", class_weights, weight.shape[:1], hidden.device, "[V]")
+        if class_weights.requires_grad:
+            raise wrong("class_weights", "constants", "a tensor that requires grad", "use class_weights.detach()")
     if not isinstance(max_workspace_bytes, int) or max_workspace_bytes <= 0:
         raise wrong("max_workspace_bytes", "an int > 0", repr(max_workspace_bytes), "for example 512 * 2**20")
 
 
-def check_rows(hidden, targets, token_weights, ignore_index) -> None:
+def check_rows(hidden, targets, token_weights, rows, ignore_index) -> None:
     """Shapes, dtypes and devices of the per-row inputs."""
     if not isinstance(targets, torch.Tensor) or targets.dtype != torch.int64:
         got = getattr(targets, "dtype", type(targets).__name__)
@@ -46,6 +50,11 @@ def check_rows(hidden, targets, token_weights, ignore_index) -> None:
         check_tensor("token_weights", token_weights, targets.shape, hidden.device, "of targets")
         if token_weights.requires_grad:
             raise wrong("token_weights", "constants", "a tensor that requires grad", "use token_weights.detach()")
+    if rows is not None:
+        if not isinstance(rows, torch.Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
+            got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, torch.Tensor) else type(rows).__name__
+            raise wrong("rows", "an int64 tensor [N]", got, "use (targets != ignore_index).flatten().nonzero()[:, 0]")
+        check_device("rows", rows, hidden.device)
     if not isinstance(ignore_index, int):
         raise wrong("ignore_index", "an int", repr(ignore_index), "the custom is -100")
 
@@ -63,17 +72,26 @@ def check_options(label_smoothing, z_loss, softcap, kl_weight, reduction) -> Non
         raise wrong("reduction", "one of 'mean', 'sum', 'none'", repr(reduction), "see the docstring")
 
 
-def check_teacher(hidden, weight, bias, teacher, kl_weight, softcap) -> None:
-    """Either form of teacher, and what each excludes."""
+def check_teacher(hidden, weight, bias, teacher, rows, kl_weight, softcap) -> None:
+    """Either form of teacher over rows of shape `rows`, and what each excludes."""
     if teacher is None:
         if kl_weight > 0:
             remedy = "pass the teacher's hidden states or teacher_statistics(...), or set kl_weight=0"
             raise wrong("teacher", "a teacher because kl_weight > 0", "None", remedy)
         return
     if isinstance(teacher, TeacherStatistics):
-        check_tensor("teacher.mean_weight", teacher.mean_weight, hidden.shape, hidden.device, "of hidden")
-        rows = hidden.shape[:-1]
-        check_tensor("teacher.negative_entropy", teacher.negative_entropy, rows, hidden.device, "of targets")
+        mean_weight = teacher.tail_mean_weight
+        check_tensor("teacher.tail_mean_weight", mean_weight, (*rows, hidden.shape[-1]), hidden.device, "of hidden")
+        for name in ("tail_mass", "tail_negative_entropy"):
+            check_tensor(f"teacher.{name}", getattr(teacher, name), rows, hidden.device, "of targets")
+        top = (*rows, teacher.top_log_probs.shape[-1] if teacher.top_log_probs.dim() else 0)
+        check_tensor("teacher.top_log_probs", teacher.top_log_probs, top, hidden.device, "of targets and K")
+        if teacher.top_indices.shape != top or teacher.top_indices.dtype != torch.int32:
+            got = f"{teacher.top_indices.dtype} {list(teacher.top_indices.shape)}"
+            raise wrong("teacher.top_indices", f"int32 {list(top)}, as top_log_probs", got, "use teacher_statistics")
+        if top[-1] > weight.shape[0]:
+            remedy = "pass the statistics of a teacher with this head's vocabulary"
+            raise wrong("teacher.top_indices", f"at most V = {weight.shape[0]} tokens a row", top[-1], remedy)
         if softcap is not None:
             remedy = "pass the teacher's hidden states instead: the statistics hold only for linear logits"
             raise wrong("teacher", "hidden states because softcap is set", "TeacherStatistics", remedy)
@@ -81,7 +99,7 @@ def check_teacher(hidden, weight, bias, teacher, kl_weight, softcap) -> None:
             remedy = "pass the teacher's hidden states instead: the statistics were made by one fixed head"
             raise wrong("teacher", "hidden states because the head is being trained", "TeacherStatistics", remedy)
     else:
-        check_tensor("teacher", teacher, hidden.shape, hidden.device, "of hidden")
+        check_tensor("teacher", teacher, (*rows, hidden.shape[-1]), hidden.device, "of hidden")
 
 
 def check_denominator(denominator, teacher, reduction) -> None:
@@ -99,13 +117,15 @@ def check_denominator(denominator, teacher, reduction) -> None:
     for value in denominator if is_pair else (denominator,):
         if isinstance(value, torch.Tensor):
             sound = value.dim() == 0 and not value.requires_grad and not value.is_complex()
-            # Reading a value on another device would wait for it.
-            sound = sound and (value.device.type != "cpu" or _finite(value.item()) and value.item() >= 0)
         else:
             sound = _finite(value) and value >= 0
         if not sound:
-            remedy = "pass the sum of the token weights over the whole batch, without gradient"
-            raise wrong("denominator", "a finite number or 0-d tensor >= 0", repr(value), remedy)
+            raise _wrong_denominator(value)
+
+
+def _wrong_denominator(value):
+    remedy = "pass the sum of the token weights over the whole batch, without gradient"
+    return wrong("denominator", "a finite number or 0-d tensor >= 0", repr(value), remedy)
 
 
 def check_logits_dtype(logits_dtype, hidden, weight) -> torch.dtype:
@@ -119,38 +139,63 @@ def check_logits_dtype(logits_dtype, hidden, weight) -> torch.dtype:
     return logits_dtype
 
 
-def check_values(targets, token_weights, ignore_index, vocabulary):
-    """Refuse targets outside [0, V) and weights that are negative, NaN or infinite.
-
-    On the CPU: InputError with the first such row and its value. Elsewhere reading the values would wait for the
-    device, so the row's weight becomes NaN and with it the loss.
+def check_values(targets, token_weights, rows, class_weights, teacher, denominators, ignore_index, vocabulary) -> None:
+    """Read the values and refuse the first that is out of range; on another device than the CPU this waits for it.
 
     Args:
-        targets: [T]; token_weights: [T].
+        targets: [T]; token_weights: [T] or None; rows: [N] or None; class_weights: [V] or None.
+        teacher: as in the public function.
+        denominators: numbers, 0-d tensors and None.
 
-    Returns:
-        (targets, token_weights), on other devices than the CPU with bad rows replaced.
+    Raises:
+        InputError: names the argument, the row and the value.
     """
-    bad_target = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
-    bad_weight = ~((token_weights >= 0) & token_weights.isfinite())
-    if targets.device.type != "cpu":
-        return poison(targets, token_weights, bad_target | bad_weight)
-    if bad_target.any():
-        row = bad_target.nonzero()[0].item()
-        expected = f"values in [0, {vocabulary}) or ignore_index = {ignore_index}"
-        remedy = "tokenize with the model's own tokenizer or mark the row with ignore_index"
-        raise wrong("targets", expected, f"{targets[row].item()} in row {row}", remedy)
-    if bad_weight.any():
-        row = bad_weight.nonzero()[0].item()
-        got = f"{token_weights[row].item()} in row {row}"
-        raise wrong("token_weights", "finite values >= 0", got, "use weight 0 to leave a row out")
-    return targets, token_weights
+    for value in denominators:
+        if isinstance(value, torch.Tensor) and not (_finite(value.item()) and value.item() >= 0):
+            raise _wrong_denominator(value)
+    if rows is not None:
+        _refuse_first((rows < 0) | (rows >= len(targets)), rows, "rows", f"values in [0, {len(targets)})", "flat rows")
+    expected = f"values in [0, {vocabulary}) or ignore_index = {ignore_index}"
+    remedy = "tokenize with the model's own tokenizer or mark the row with ignore_index"
+    _refuse_first(bad_targets(targets, ignore_index, vocabulary), targets, "targets", expected, remedy)
+    if token_weights is not None:
+        remedy = "use weight 0 to leave a row out"
+        _refuse_first(bad_weights(token_weights), token_weights, "token_weights", "finite values >= 0", remedy)
+    if class_weights is not None:
+        remedy = "use weight 0 to leave a class out"
+        _refuse_first(bad_weights(class_weights), class_weights, "class_weights", "finite values >= 0", remedy)
+    if isinstance(teacher, TeacherStatistics) and teacher.top_indices.numel():
+        top = teacher.top_indices
+        bad = ((top < 0) | (top >= vocabulary)).any(dim=1)
+        remedy = "pass the statistics of a teacher with this head's vocabulary"
+        _refuse_first(bad, top.amax(dim=1), "teacher.top_indices", f"values in [0, {vocabulary})", remedy)
 
 
-def poison(targets, token_weights, bad):
-    """Give bad rows a target that can be looked up and a NaN weight, which counts and reaches the loss."""
+def _refuse_first(bad, values, argument, expected, remedy) -> None:
+    if bad.any():
+        row = bad.nonzero()[0].item()
+        raise wrong(argument, expected, f"{values[row].item()} in row {row}", remedy)
+
+
+def bad_targets(targets, ignore_index, vocabulary) -> torch.Tensor:
+    """Where a target is neither a class nor `ignore_index`."""
+    return (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
+
+
+def bad_weights(weights) -> torch.Tensor:
+    """Where a weight is negative, NaN or infinite."""
+    return ~((weights >= 0) & weights.isfinite())
+
+
+def poison(targets, token_weights, ignore_index, vocabulary):
+    """Give rows with a bad target or weight a target that can be looked up and a NaN weight, which reaches the loss.
+
+    For devices whose values cannot be read without waiting for them.
+    """
+    bad = bad_targets(targets, ignore_index, vocabulary) | bad_weights(token_weights)
     return targets.masked_fill(bad, 0), token_weights.masked_fill(bad, math.nan)
 
 
 def _finite(value) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    # Comparisons, because a graph that is traced with changing numbers knows no isfinite.
+    return isinstance(value, Real) and -math.inf < value < math.inf

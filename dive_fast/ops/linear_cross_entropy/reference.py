@@ -1,6 +1,6 @@
-"""The loss in plain differentiable PyTorch, a chunk of rows at a time: the oracle, and the CPU's implementation.
+"""The loss in plain differentiable PyTorch, a chunk of rows at a time: the oracle, and what trains a head.
 
-T rows, N rows that count, R rows of one chunk, D hidden size, V vocabulary.
+T rows, N rows that count, R rows of one chunk, D hidden size, V vocabulary, K most probable tokens.
 """
 
 import math
@@ -18,6 +18,7 @@ from dive_fast.ops.linear_cross_entropy.types import LossStats, TeacherStatistic
 # and that of the logits, plus what each option adds. Options do not all peak together, so their sum is an upper bound.
 BASE_BUFFERS = 3
 SMOOTHING_BUFFERS = 1
+CLASS_WEIGHT_BUFFERS = 1
 SOFTCAP_BUFFERS = 1
 LSE_BUFFERS = 3
 ONLINE_TEACHER_BUFFERS = 4
@@ -42,6 +43,7 @@ def linear_cross_entropy(
     token_weights,
     *,
     bias,
+    class_weights,
     ignore_index,
     label_smoothing,
     z_loss,
@@ -67,6 +69,7 @@ def linear_cross_entropy(
         # Cast per chunk, a trained half-precision head would also round and add up its gradient per chunk.
         weight=weight.to(logits_dtype) if weight.requires_grad else weight,
         bias=None if bias is None else bias.to(logits_dtype),
+        class_weights=None if class_weights is None else class_weights.to(token_weights.dtype),
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
@@ -77,16 +80,20 @@ def linear_cross_entropy(
     )
     if teacher is not None and not (kl_weight or return_stats):
         teacher = None
-    buffers = _buffers(teacher, label_smoothing, z_loss, softcap, return_stats)
+    buffers = _buffers(teacher, class_weights, label_smoothing, z_loss, softcap, return_stats)
     limit = _rows_per_chunk(weight.shape[0], buffers, token_weights.dtype, max_workspace_bytes)
     with torch.autocast(hidden.device.type, enabled=False):
         figures = _in_chunks(row_figures, hidden, targets, teacher, index, limit)
-    loss = _reduce(figures, token_weights, counted, index, kl_weight, reduction, denominator)
+    shares = token_weights
+    if class_weights is not None:
+        # Targets of rows that do not count may lie outside the vocabulary.
+        shares = token_weights * class_weights.to(token_weights.dtype)[torch.where(counted, targets, 0)]
+    loss = _reduce(figures, token_weights, shares, counted, index, kl_weight, reduction, denominator)
     return loss, _stats(figures, counted, index) if return_stats else None
 
 
 @torch.no_grad()
-def teacher_statistics(hidden, weight, *, bias, max_workspace_bytes) -> TeacherStatistics:
+def teacher_statistics(hidden, weight, *, bias, top_k, max_workspace_bytes) -> TeacherStatistics:
     """The public function after validation, on flat rows: hidden [T, D]."""
     accumulate = accumulation_dtype(hidden, weight)
     weight = weight.to(accumulate)
@@ -95,22 +102,26 @@ def teacher_statistics(hidden, weight, *, bias, max_workspace_bytes) -> TeacherS
     limit = _rows_per_chunk(weight.shape[0], STATISTICS_BUFFERS, accumulate, max_workspace_bytes)
     with torch.autocast(hidden.device.type, enabled=False):
         # A chunk's buffers end with the call, before the next chunk's begin.
-        parts = [_chunk_statistics(rows, weight, bias, finite_bias, accumulate) for rows in hidden.split(limit)]
+        parts = [_chunk_statistics(rows, weight, bias, finite_bias, accumulate, top_k) for rows in hidden.split(limit)]
     return TeacherStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _chunk_statistics(hidden, weight, bias, finite_bias, accumulate) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunk_statistics(hidden, weight, bias, finite_bias, accumulate, top_k) -> TeacherStatistics:
     log_q = F.log_softmax(_logits(hidden, weight, bias, None, accumulate, accumulate), dim=-1)
-    q = log_q.exp()
+    top = log_q.topk(min(top_k, weight.shape[0]), dim=-1)
+    q = log_q.exp().scatter_(1, top.indices, 0.0)
     constant = log_q.masked_fill_(q == 0, 0.0).mul_(q).sum(-1)
-    return q @ weight, constant if bias is None else constant - q @ finite_bias
+    if bias is not None:
+        constant = constant - q @ finite_bias
+    return TeacherStatistics(q @ weight, q.sum(-1), constant, top.indices.to(torch.int32), top.values)
 
 
-def _buffers(teacher, label_smoothing, z_loss, softcap, return_stats) -> int:
+def _buffers(teacher, class_weights, label_smoothing, z_loss, softcap, return_stats) -> int:
     needs_lse = bool(z_loss) or return_stats or isinstance(teacher, TeacherStatistics)
     return (
         BASE_BUFFERS
         + SMOOTHING_BUFFERS * bool(label_smoothing)
+        + CLASS_WEIGHT_BUFFERS * bool(label_smoothing and class_weights is not None)
         + SOFTCAP_BUFFERS * (softcap is not None)
         + LSE_BUFFERS * needs_lse
         + ONLINE_TEACHER_BUFFERS * isinstance(teacher, torch.Tensor)
@@ -144,6 +155,7 @@ def _row_figures(
     *teacher,
     weight,
     bias,
+    class_weights,
     label_smoothing,
     z_loss,
     softcap,
@@ -152,14 +164,15 @@ def _row_figures(
     accumulate,
     return_stats,
 ) -> RowFigures:
-    """One chunk: hidden [R, D], targets [R]; `teacher` is (), (hidden [R, D],) or (mean_weight, negative_entropy)."""
+    """One chunk: hidden [R, D], targets [R]; `teacher` is (), (hidden [R, D],) or TeacherStatistics' tensors."""
     logits = _logits(hidden, weight, bias, softcap, logits_dtype, accumulate)
     log_probs = F.log_softmax(logits, dim=-1)
     nll = F.nll_loss(log_probs, targets, reduction="none")
-    lse = torch.logsumexp(logits, dim=-1) if z_loss or return_stats or len(teacher) == 2 else None
-    ce = nll
+    lse = torch.logsumexp(logits, dim=-1) if z_loss or return_stats or len(teacher) > 1 else None
+    ce = nll if class_weights is None else class_weights[targets] * nll
     if label_smoothing:
-        ce = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(-1)
+        over_classes = log_probs if class_weights is None else log_probs * class_weights
+        ce = (1 - label_smoothing) * ce - label_smoothing * over_classes.mean(-1)
     if z_loss:
         ce = ce + z_loss * lse.square()
     kl = None
@@ -170,14 +183,24 @@ def _row_figures(
                 q = log_q.exp()
             # Tokens that a bias of -inf takes out of both distributions would give 0 * (inf - inf).
             kl = (q * (log_q - log_probs).masked_fill(q == 0, 0.0)).sum(-1)
-        elif len(teacher) == 2:
-            mean_weight, negative_entropy = (figure.to(accumulate) for figure in teacher)
-            kl = negative_entropy - (mean_weight * hidden.to(accumulate)).sum(-1) + lse
+        elif teacher:
+            kl = _cached_divergence(TeacherStatistics(*teacher), hidden, logits, lse)
     if not return_stats:
         return RowFigures(ce, kl, None, None, None, None)
     with torch.no_grad():
         entropy = torch.special.entr(log_probs.exp()).sum(-1)
         return RowFigures(ce, kl, lse.detach(), -nll.detach(), entropy, logits.argmax(-1) == targets)
+
+
+def _cached_divergence(teacher, hidden, logits, lse) -> torch.Tensor:
+    """KL(teacher || student) [R]: term by term over the teacher's top tokens, by its sums over the tail."""
+    teacher = TeacherStatistics(*(x if x.dtype == torch.int32 else x.to(logits.dtype) for x in teacher))
+    log_p = logits.gather(1, teacher.top_indices.long()) - lse.unsqueeze(1)
+    log_q = teacher.top_log_probs
+    # Tokens that a bias of -inf takes out of both distributions would give 0 * (inf - inf).
+    top = (log_q.exp() * (log_q - log_p).masked_fill(log_q == -math.inf, 0.0)).sum(-1)
+    tail = teacher.tail_negative_entropy - (teacher.tail_mean_weight * hidden.to(logits.dtype)).sum(-1)
+    return top + tail + teacher.tail_mass * lse
 
 
 def _logits(hidden, weight, bias, softcap, logits_dtype, accumulate) -> torch.Tensor:
@@ -187,13 +210,14 @@ def _logits(hidden, weight, bias, softcap, logits_dtype, accumulate) -> torch.Te
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _reduce(figures, token_weights, counted, index, kl_weight, reduction, denominator) -> torch.Tensor:
+def _reduce(figures, token_weights, shares, counted, index, kl_weight, reduction, denominator) -> torch.Tensor:
+    """`shares` [T]: the token weights times their targets' class weights, whose sum divides a mean."""
     weighted = token_weights.index_select(0, index) * figures.ce
     if reduction == "mean":
         is_pair = isinstance(denominator, tuple | list)
         ce_denominator, kl_denominator = denominator if is_pair else (denominator, None)
         if ce_denominator is None:
-            ce_denominator = token_weights.masked_fill(~counted, 0.0).sum()
+            ce_denominator = shares.masked_fill(~counted, 0.0).sum()
         loss = _mean(weighted, counted, index, ce_denominator)
         if kl_weight:
             kl_denominator = len(index) if kl_denominator is None else kl_denominator

@@ -1,6 +1,6 @@
 """Steering of the residual stream by a small adapter, with the residual add before it and the RMSNorm after it.
 
-D hidden size, r adapter rank.
+D hidden size, r adapter rank, A adapters.
 """
 
 from numbers import Real
@@ -9,11 +9,9 @@ import torch
 
 from dive_fast.ops.backend import select_backend
 from dive_fast.ops.checks import DTYPES, check_device, check_tensor, wrong
-from dive_fast.ops.steer import reference
+from dive_fast.ops.steer import library, reference
 
 __all__ = ["steer"]
-
-IMPLEMENTATIONS = {"reference": reference.steer}
 
 
 def steer(
@@ -28,6 +26,7 @@ def steer(
     activation: str = "silu",
     gate: tuple[torch.Tensor, torch.Tensor] | None = None,
     mask: torch.Tensor | None = None,
+    adapter_index: torch.Tensor | None = None,
     normalize_input: bool = True,
     preserve_norm: bool = False,
     norm_weight: torch.Tensor | None = None,
@@ -60,45 +59,99 @@ def steer(
         gate: (g [D], c: 0-d tensor or number).
         mask: bool, residual.shape[:-1]. Rows where it is False come out bit-equal to h, and whatever they hold (NaN,
             inf) reaches no other row and no gradient of the adapter.
+        adapter_index: int32, residual.shape[:-1]: rows pick among A adapters, whose tensors then are stacks (down
+            [A, r, D], up [A, D, r], bias [A, r], static [A, D], alpha and c [A] or a number, g [A, D]); -1 picks none.
+            For inference: adapters get no gradient this way.
         normalize_input: feed the adapter the row over its root mean square.
         preserve_norm: rescale h' to the norm of h.
         norm_weight: [D]: also return the RMSNorm that follows, `h' * rsqrt(mean(h'**2) + norm_eps) * norm_weight`.
             Gemma's norm is its weight plus one, in float32. The multiplication takes the wider dtype of residual and
             norm_weight. Every row is normalized, also where mask is False.
         norm_eps: that norm's epsilon, > 0; it does not enter n.
-        backend: None (the best for the device) or "reference".
+        backend: None (the best for the device), "native" (CPU), "triton" (CUDA) or "reference".
 
     Returns:
         h', or with `norm_weight` the pair (h', normalized), both of residual's dtype.
 
     Raises:
-        InputError: an argument of the wrong shape, dtype, device or range.
+        InputError: an argument of the wrong shape, dtype, device or range. An adapter_index out of range is an
+            IndexError on the CPU; on other devices it is not looked at.
 
     Sources: arXiv 2605.27194 (state-conditioned steering); preserve_norm, LIVE (NeurIPS 2024); identity activation with
         an orthonormal `up`, LoReFT (arXiv 2404.03592).
     """
-    _check_stream(residual, update, mask, norm_weight, norm_eps)
-    _check_adapter(residual, down, up, bias, static, alpha, activation, gate)
-    implementation = IMPLEMENTATIONS[select_backend("steer", backend, residual.device)]
-    return implementation(
-        residual,
-        update,
-        down=down,
-        up=up,
-        bias=bias,
-        static=static,
-        alpha=alpha,
-        activation=activation,
-        gate=gate,
-        mask=mask,
-        normalize_input=normalize_input,
-        preserve_norm=preserve_norm,
-        norm_weight=norm_weight,
-        norm_eps=norm_eps,
+    _check_stream(residual, update, mask, adapter_index, norm_weight, norm_eps)
+    _check_adapter(residual, down, up, bias, static, alpha, activation, gate, adapter_index)
+    options = {
+        "activation": activation,
+        "normalize_input": normalize_input,
+        "preserve_norm": preserve_norm,
+        "norm_eps": norm_eps,
+    }
+    adapter = {"down": down, "up": up, "bias": bias, "static": static, "alpha": alpha, "gate": gate}
+    chosen = select_backend("steer", backend, residual.device, _unfit(residual, adapter, adapter_index))
+    if chosen == "reference":
+        run = reference.steer if adapter_index is None else reference.steer_mixed
+        extra = {} if adapter_index is None else {"adapter_index": adapter_index}
+        return run(residual, update, mask=mask, norm_weight=norm_weight, **extra, **adapter, **options)
+    return _fused(residual, update, mask, adapter_index, norm_weight, adapter, chosen, options)
+
+
+def _unfit(residual, adapter, adapter_index) -> dict[str, str]:
+    """Backends that cannot take these arguments, with the reason."""
+    gate = adapter["gate"] or ()
+    tensors = [x for x in (residual, *adapter.values(), *gate) if isinstance(x, torch.Tensor)]
+    if any(x.dtype == torch.float64 for x in tensors):
+        return dict.fromkeys(library.BACKEND_MODULES, "it has no float64")
+    if residual.shape[-1] == 0:
+        return dict.fromkeys(library.BACKEND_MODULES, "there is nothing to steer")
+    return {}
+
+
+def _fused(residual, update, mask, adapter_index, norm_weight, adapter, backend, options):
+    """Through the registered operator (library.py)."""
+    hidden_size, stacked = residual.shape[-1], adapter_index is not None
+    count = _adapters(adapter) if stacked else 1
+
+    def rows(tensor):
+        flat = tensor.reshape(-1, hidden_size)
+        return flat if flat.stride(1) == 1 or hidden_size == 1 else flat.contiguous()
+
+    def stack(tensor):
+        return tensor if tensor is None or stacked else tensor.unsqueeze(0)
+
+    def numbers(value):
+        if isinstance(value, torch.Tensor):
+            return value.reshape(-1).float().expand(count)
+        return torch.full((count,), value, dtype=torch.float32, device=residual.device)
+
+    direction, offset = adapter["gate"] or (None, None)
+    steered, normalized, _ = torch.ops.dive_fast.steer(
+        rows(residual),
+        None if update is None else rows(update),
+        *(stack(adapter[name]) for name in ("down", "up", "bias", "static")),
+        numbers(adapter["alpha"]),
+        stack(direction),
+        None if offset is None else numbers(offset),
+        None if mask is None else mask.reshape(-1),
+        None if adapter_index is None else adapter_index.reshape(-1),
+        norm_weight,
+        *options.values(),
+        backend,
     )
+    steered = steered.view(residual.shape)
+    return steered if norm_weight is None else (steered, normalized.view(residual.shape))
 
 
-def _check_stream(residual, update, mask, norm_weight, norm_eps) -> None:
+def _adapters(adapter) -> int:
+    """A, from whichever tensor is stacked."""
+    for name in ("down", "static"):
+        if adapter[name] is not None:
+            return adapter[name].shape[0]
+    return 1
+
+
+def _check_stream(residual, update, mask, adapter_index, norm_weight, norm_eps) -> None:
     if not isinstance(residual, torch.Tensor) or residual.dtype not in DTYPES:
         got = getattr(residual, "dtype", type(residual).__name__)
         raise wrong("residual", "a floating tensor of 16 to 64 bits", got, "pass the decoder's hidden states")
@@ -115,42 +168,54 @@ def _check_stream(residual, update, mask, norm_weight, norm_eps) -> None:
             expected = f"shape residual.shape[:-1] = {list(residual.shape[:-1])}"
             raise wrong("mask", expected, list(mask.shape), "give one value per position")
         check_device("mask", mask, residual.device)
+    if adapter_index is not None:
+        if not isinstance(adapter_index, torch.Tensor) or adapter_index.dtype != torch.int32:
+            got = getattr(adapter_index, "dtype", type(adapter_index).__name__)
+            raise wrong("adapter_index", "an int32 tensor", got, "use adapter_index.int()")
+        if adapter_index.shape != residual.shape[:-1]:
+            expected = f"shape residual.shape[:-1] = {list(residual.shape[:-1])}"
+            raise wrong("adapter_index", expected, list(adapter_index.shape), "give one value per position")
+        check_device("adapter_index", adapter_index, residual.device)
     if norm_weight is not None:
         check_tensor("norm_weight", norm_weight, residual.shape[-1:], residual.device, "[D]")
     if not isinstance(norm_eps, Real) or not norm_eps > 0:
         raise wrong("norm_eps", "a number > 0", repr(norm_eps), "take it from the model's config (rms_norm_eps)")
 
 
-def _check_adapter(residual, down, up, bias, static, alpha, activation, gate) -> None:
+def _check_adapter(residual, down, up, bias, static, alpha, activation, gate, adapter_index) -> None:
     hidden_size, device = residual.shape[-1], residual.device
     if (down is None) != (up is None):
         missing = "up" if up is None else "down"
         raise wrong(missing, "down and up together, or neither", "None", "for a static push alone leave both out")
+    stack, letters = (), ""
+    if adapter_index is not None:
+        first = static if down is None else down
+        stack, letters = (first.shape[:1] if isinstance(first, torch.Tensor) else (1,)), "A, "
     if down is None:
         if bias is not None:
             raise wrong("bias", "None without down", "a tensor", "for a static push use static")
     else:
-        rank = down.shape[0] if isinstance(down, torch.Tensor) and down.dim() == 2 else 1
-        check_tensor("down", down, (rank, hidden_size), device, "[r, D]")
-        check_tensor("up", up, (hidden_size, rank), device, "[D, r]")
+        rank = down.shape[-2] if isinstance(down, torch.Tensor) and down.dim() == 2 + len(stack) else 1
+        check_tensor("down", down, (*stack, rank, hidden_size), device, f"[{letters}r, D]")
+        check_tensor("up", up, (*stack, hidden_size, rank), device, f"[{letters}D, r]")
         if bias is not None:
-            check_tensor("bias", bias, (rank,), device, "[r]")
+            check_tensor("bias", bias, (*stack, rank), device, f"[{letters}r]")
     if static is not None:
-        check_tensor("static", static, (hidden_size,), device, "[D]")
+        check_tensor("static", static, (*stack, hidden_size), device, f"[{letters}D]")
     if activation not in reference.ACTIVATIONS:
         names = ", ".join(repr(name) for name in reference.ACTIVATIONS)
         raise wrong("activation", f"one of {names}", repr(activation), "'silu' is the default")
-    _check_scalar("alpha", alpha)
+    _check_scalar("alpha", alpha, stack)
     if gate is not None:
         if not isinstance(gate, tuple | list) or len(gate) != 2:
             raise wrong("gate", "a pair (g [D], c)", repr(gate), "None turns the gate off")
-        check_tensor("gate[0]", gate[0], (hidden_size,), device, "[D]")
-        _check_scalar("gate[1]", gate[1])
+        check_tensor("gate[0]", gate[0], (*stack, hidden_size), device, f"[{letters}D]")
+        _check_scalar("gate[1]", gate[1], stack)
 
 
-def _check_scalar(argument, value) -> None:
+def _check_scalar(argument, value, stack) -> None:
     if isinstance(value, torch.Tensor):
-        if value.dim() != 0 or value.dtype not in DTYPES:
+        if value.shape not in ((), stack) or value.dtype not in DTYPES:
             got = f"{value.dtype} of shape {list(value.shape)}"
             raise wrong(argument, "a number or a floating 0-d tensor", got, f"use {argument}.squeeze()")
     elif not isinstance(value, Real):

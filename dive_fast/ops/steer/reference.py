@@ -1,4 +1,4 @@
-"""Steering in plain differentiable PyTorch: the oracle, and the CPU's implementation.
+"""Steering in plain differentiable PyTorch: the oracle, and what runs in float64.
 
 T rows (any leading shape), D hidden size, r adapter rank.
 """
@@ -60,6 +60,32 @@ def steer(
             if mask is not None:
                 steered = torch.where(mask.unsqueeze(-1), steered, h)
         return steered if norm_weight is None else (steered, _rms_norm(steered, norm_weight, norm_eps, accumulate))
+
+
+def steer_mixed(residual, update, *, adapter_index, mask, norm_weight, **adapter_and_options):
+    """Rows of several adapters, one adapter after the other."""
+    steered = residual.clone() if update is None else residual + update
+    for number in range(int(adapter_index.max()) + 1 if adapter_index.numel() else 0):
+        chosen = adapter_index == number
+        one = {
+            name: _entry(value, number, name != "alpha") if name in ("down", "up", "bias", "static", "alpha") else value
+            for name, value in adapter_and_options.items()
+        }
+        if one["gate"] is not None:
+            direction, offset = one["gate"]
+            one["gate"] = (direction[number], _entry(offset, number, False))
+        rows = chosen if mask is None else chosen & mask
+        steered = steer(steered, None, mask=rows, norm_weight=None, **one)
+    if norm_weight is None:
+        return steered
+    eps = adapter_and_options["norm_eps"]
+    return steered, _rms_norm(steered, norm_weight, eps, accumulation_dtype(steered))
+
+
+def _entry(value, number, is_stacked):
+    """One adapter's part of a stacked tensor; numbers and 0-d tensors are shared by all."""
+    shared = not isinstance(value, torch.Tensor) or (not is_stacked and value.dim() == 0)
+    return value if shared else value[number]
 
 
 def _push(x, down, up, bias, static, activation, normalize_input):

@@ -1,0 +1,125 @@
+// The innermost loops of matrix products, and the copies that feed them. For *_kernel.cpp files only, as vec.h.
+//
+// A tile multiplies kTile rows of an operand `a`, one number at a time, with kPanel columns of an operand `b`, a vector
+// at a time. `b` comes packed in panels: [K][kPanel] words, the columns past the matrix's edge being zeros.
+#pragma once
+
+#include <cstddef>
+#include <utility>
+
+#include "cpu/dtype.h"
+#include "cpu/vec.h"
+
+namespace dive::cpu::DIVE_ISA {
+
+// A tile's sums stay in registers: kTile * 2 of them, 2 more hold a row of `b` and 1 a number of `a`, so 27 of the 32
+// that AVX-512 has and 15 of the 16 elsewhere. Twice as many sums as a fused multiply-add has cycles of latency times
+// units (4 * 2) would do; more means fewer loads per multiplication.
+#if defined(__AVX512F__)
+inline constexpr int kTile = 12;
+#else
+inline constexpr int kTile = 6;
+#endif
+inline constexpr int kPanel = 2 * kLanes;
+
+// What one word of `a` and `b` holds: a float, or two bfloat16 that follow each other along K, whose products are added
+// in float32.
+struct FloatWords {
+  using Word = float;
+  using Vector = vf;
+  static constexpr int kDepth = 1;
+  static Vector load(const Word* p) { return DIVE_ISA::load(p); }
+  static Vector splat(Word a) { return DIVE_ISA::splat(a); }
+  static vf multiply_add(vf c, Vector a, Vector b) { return c + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Words {
+  using Word = std::uint32_t;
+  using Vector = __m512i;
+  static constexpr int kDepth = 2;
+  static Vector load(const Word* p) { return _mm512_loadu_si512(p); }
+  static Vector splat(Word a) { return _mm512_set1_epi32(static_cast<int>(a)); }
+  static vf multiply_add(vf c, Vector a, Vector b) {
+    return reinterpret_cast<vf>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(c), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+  }
+};
+#endif
+
+// Calls f with std::integral_constant 0 ... kCount - 1: an unrolled loop whose counter indexes registers.
+template <int... i, class F>
+[[gnu::always_inline]] inline void unroll(std::integer_sequence<int, i...>, F f) {
+  (f(std::integral_constant<int, i>{}), ...);
+}
+
+template <int kCount, class F>
+[[gnu::always_inline]] inline void unroll(F f) {
+  unroll(std::make_integer_sequence<int, kCount>{}, f);
+}
+
+// c[i][m] = sum_k a[i * kRowStride + k * kStep] * b[k][m], on top of what c holds if `add`; c is [kTile][kPanel].
+template <class Words, int kRowStride, int kStep>
+inline void multiply_tile(const typename Words::Word* a, const typename Words::Word* b, std::int64_t depth, bool add,
+                          float* c) {
+  vf sums[kTile][2];
+  unroll<kTile>([&](auto i) {
+    sums[i][0] = add ? load(c + i * kPanel) : vf{};
+    sums[i][1] = add ? load(c + i * kPanel + kLanes) : vf{};
+  });
+  for (std::int64_t k = 0; k < depth; ++k) {
+    const auto left = Words::load(b);
+    const auto right = Words::load(b + kLanes);
+    unroll<kTile>([&](auto i) {
+      const auto number = Words::splat(a[i * kRowStride]);
+      sums[i][0] = Words::multiply_add(sums[i][0], number, left);
+      sums[i][1] = Words::multiply_add(sums[i][1], number, right);
+    });
+    a += kStep;
+    b += kPanel;
+  }
+  unroll<kTile>([&](auto i) {
+    store(c + i * kPanel, sums[i][0]);
+    store(c + i * kPanel + kLanes, sums[i][1]);
+  });
+}
+
+template <class Element>
+inline void widen(const Element* in, std::int64_t count, float* out) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load(in + i));
+  const int left = static_cast<int>(count - i);
+  if (left > 0) store_partial(out + i, load_partial(in + i, left), left);
+}
+
+// `count` numbers of any type from element `first` of a row, as float32.
+inline void widen(const void* row, DType dtype, std::int64_t first, std::int64_t count, float* out) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return widen(static_cast<const float*>(row) + first, count, out);
+    case DType::kBFloat16:
+      return widen(static_cast<const Bf16*>(row) + first, count, out);
+    case DType::kFloat16:
+      return widen(static_cast<const F16*>(row) + first, count, out);
+  }
+}
+
+// Words `first` ... `first + count - 1` of a row of `size` numbers, zeros past its end.
+inline void copy_words(const void* row, DType dtype, std::int64_t size, std::int64_t first, std::int64_t count,
+                       float* out) {
+  const std::int64_t inside = size - first < count ? size - first : count;
+  widen(row, dtype, first, inside, out);
+  for (std::int64_t i = inside; i < count; ++i) out[i] = 0;
+}
+
+// The same for words of two bfloat16.
+inline void copy_words(const void* row, DType, std::int64_t size, std::int64_t first, std::int64_t count,
+                       std::uint32_t* out) {
+  const std::uint16_t* in = static_cast<const std::uint16_t*>(row) + 2 * first;
+  const std::int64_t left = size - 2 * first;
+  const std::int64_t whole = left / 2 < count ? left / 2 : count;
+  std::memcpy(out, in, 4 * static_cast<std::size_t>(whole));
+  for (std::int64_t i = whole; i < count; ++i) out[i] = 2 * i < left ? in[2 * i] : 0;
+}
+
+}  // namespace dive::cpu::DIVE_ISA

@@ -1,0 +1,44 @@
+// Which variant of a kernel runs. Every file named *_kernel.cpp is compiled once per level below, inside a namespace of
+// the level's name; the dispatching file beside it picks one at run time.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace dive::cpu {
+
+// Each level contains the ones before it. On other processors than x86 only kPortable exists.
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+
+// The highest level that this build holds and this machine runs.
+Isa best_isa();
+
+// "portable", "avx2", "avx512" or "avx512_bf16".
+const char* isa_name(Isa isa);
+
+// Every level that is usable here, lowest first: tests run them all.
+std::vector<Isa> usable_isas();
+
+// The usable level of that name; throws std::invalid_argument that lists the usable ones.
+Isa isa_from_name(const std::string& name);
+
+}  // namespace dive::cpu
+
+// Declares a kernel's variants: DIVE_DECLARE_VARIANTS(void f(int)) declares portable::f, avx2::f, ... in namespace
+// dive::cpu. DIVE_DISPATCH(isa, f, arguments...) calls the one of the level `isa`.
+#if defined(DIVE_X86_VARIANTS)
+#define DIVE_DECLARE_VARIANTS(...)              \
+  namespace portable { __VA_ARGS__; }           \
+  namespace avx2 { __VA_ARGS__; }               \
+  namespace avx512 { __VA_ARGS__; }             \
+  namespace avx512_bf16 { __VA_ARGS__; }
+#define DIVE_DISPATCH(isa, function, ...)                                              \
+  ((isa) == ::dive::cpu::Isa::kAvx512Bf16 ? ::dive::cpu::avx512_bf16::function(__VA_ARGS__) \
+   : (isa) == ::dive::cpu::Isa::kAvx512   ? ::dive::cpu::avx512::function(__VA_ARGS__)      \
+   : (isa) == ::dive::cpu::Isa::kAvx2     ? ::dive::cpu::avx2::function(__VA_ARGS__)        \
+                                          : ::dive::cpu::portable::function(__VA_ARGS__))
+#else
+#define DIVE_DECLARE_VARIANTS(...) \
+  namespace portable { __VA_ARGS__; }
+#define DIVE_DISPATCH(isa, function, ...) (static_cast<void>(isa), ::dive::cpu::portable::function(__VA_ARGS__))
+#endif

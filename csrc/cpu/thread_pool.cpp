@@ -1,0 +1,108 @@
+#include "cpu/thread_pool.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace dive::cpu {
+namespace {
+
+// A step of decoding is hundreds of calls a few microseconds apart, and waking a sleeping thread takes tens of
+// microseconds; so a worker looks out for the next call this many times before it sleeps (about 50 microseconds).
+constexpr int kLooks = 2000;
+
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+class Pool {
+ public:
+  void run(int threads, const std::function<void(int)>& task) {
+    const std::lock_guard<std::mutex> turn(turn_);
+    grow(threads - 1);
+    task_ = &task;
+    remaining_.store(threads - 1, std::memory_order_relaxed);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      participants_ = threads - 1;
+      call_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    task(0);
+    for (int looks = 0; remaining_.load(std::memory_order_acquire) != 0; ++looks) {
+      if (looks < kLooks) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  void grow(int workers) {
+    while (static_cast<int>(workers_.size()) < workers) {
+      const int index = static_cast<int>(workers_.size());
+      workers_.emplace_back([this, index, seen = call_.load()] { work(index, seen); });
+    }
+  }
+
+  void work(int index, unsigned seen) {
+    for (;;) {
+      for (int looks = 0; looks < kLooks && call_.load(std::memory_order_acquire) == seen; ++looks) pause();
+      int participants;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return call_.load(std::memory_order_relaxed) != seen; });
+        seen = call_.load(std::memory_order_relaxed);
+        participants = participants_;
+      }
+      if (index < participants) {
+        (*task_)(index + 1);
+        remaining_.fetch_sub(1, std::memory_order_release);
+      }
+    }
+  }
+
+  std::mutex turn_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::atomic<unsigned> call_{0};
+  std::atomic<int> remaining_{0};
+  int participants_ = 0;
+  const std::function<void(int)>* task_ = nullptr;
+  std::vector<std::thread> workers_;
+};
+
+// Never destroyed: its threads may outlive main(). A forked child has the object but not the threads, so it makes a
+// pool of its own.
+Pool& pool() {
+  static std::mutex mutex;
+  static Pool* instance = nullptr;
+  static pid_t owner = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (instance == nullptr || owner != getpid()) {
+    instance = new Pool;
+    owner = getpid();
+  }
+  return *instance;
+}
+
+}  // namespace
+
+void parallel(int threads, const std::function<void(int)>& task) {
+  if (threads <= 1) {
+    task(0);
+  } else {
+    pool().run(threads, task);
+  }
+}
+
+}  // namespace dive::cpu

@@ -1,0 +1,215 @@
+"""The loss on a GPU, a chunk of rows at a time: cuBLAS logits, one row kernel, cuBLAS hidden gradient.
+
+    logits = hidden[rows] @ weight.T          # [R, V], one reused workspace
+    dlogits, figures = row kernel(logits)     # dlogits over the logits, in place
+    gradient = dlogits @ weight               # [R, D]
+
+T rows, N rows that count, R rows of one chunk, D hidden size, V vocabulary, K top tokens of a cached teacher.
+"""
+
+import math
+from contextlib import contextmanager
+
+import torch
+import triton
+
+from dive_fast.ops.linear_cross_entropy.triton_common import (
+    device_of,
+    empty_figures,
+    feature_flags,
+    multiprocessors,
+    teacher_tables,
+)
+from dive_fast.ops.linear_cross_entropy.triton_gradient_rows import scatter_scaled_rows, sum_parts
+from dive_fast.ops.linear_cross_entropy.triton_row_kernel import linear_cross_entropy_row_fwd_kernel
+from dive_fast.ops.linear_cross_entropy.types import RowFigures
+
+__all__ = ["row_figures", "rows_per_chunk", "scatter_scaled_rows"]
+
+# Logits a block of 8 warps holds at once, and the registers a thread may take. Plain: 8 logits a thread in 64
+# registers, so that four blocks of 8 KiB are in flight on an SM; an H100 needs 14 KiB (3.0 TB/s * 600 ns / 132 SMs).
+# Options that keep more per logit hold 4 a thread, which leaves three blocks in 80 registers; with 16 they would take
+# 220 and leave one. Without the bound ptxas spills a pointer now and then to fit yet another block.
+PLAIN_BLOCK_V, OPTIONS_BLOCK_V = 2048, 1024
+PLAIN_REGISTERS, OPTIONS_REGISTERS = 64, 80
+# Below one 128-bit float32 load for each of its threads a warp is not worth having.
+MAX_WARPS, LEAST_PER_WARP = 8, 128
+OPTIONS_PER_LOGIT = ("HAS_SMOOTHING", "HAS_SOFTCAP", "HAS_ONLINE_TEACHER", "WANTS_STATS")
+MAX_BLOCK_D = 1024
+MAX_BLOCK_K = 256
+
+# cuBLAS's usual output tile for half precision on sm_80 and later, and the most parts it was taken to split K into.
+TILE_ROWS, TILE_COLUMNS, MAX_SPLIT_K = 128, 256, 8
+# 798 TFLOP/s over 3.0 TB/s at two FLOP a row and two bytes a weight (H100 SXM): fewer rows wait for the head's bytes.
+ROWS_THAT_HIDE_THE_HEAD = 266
+
+
+@torch.no_grad()
+def row_figures(
+    hidden,
+    weight,
+    targets,
+    rows,
+    ce_share,
+    kl_share,
+    *,
+    teacher_rows,
+    bias,
+    class_weights,
+    label_smoothing,
+    z_loss,
+    softcap,
+    teacher,
+    logits_dtype,
+    max_workspace_bytes,
+    gradient,
+    stats,
+) -> RowFigures:
+    """Figures and unit-scaled hidden gradient of the rows that count.
+
+    Args:
+        hidden: [T, D]; weight: [V, D], same dtype.
+        targets: [N] int64 in [0, V), of the rows `rows` [N] int64.
+        ce_share, kl_share: [N] float32 (float64), the factors of the two losses in `gradient`. Where both are 0 the
+            gradient is exactly 0 and the figures are arbitrary.
+        teacher: None, hidden states, or `TeacherStatistics` (without softcap), whose rows `teacher_rows` [N] int64
+            belong to the rows.
+
+    The other arguments are those of `linear_cross_entropy`.
+    """
+    (N,), (V, D) = targets.shape, weight.shape
+    figures = empty_figures(N, hidden, teacher, gradient, stats)
+    if N == 0:
+        return figures
+    flags = feature_flags(bias, class_weights, label_smoothing, z_loss, softcap, teacher, kl_share, gradient, stats)
+    # Rows start on a 128-byte line, for logits and dlogits of two bytes or more.
+    stride = math.ceil(V / 64) * 64
+    row_bytes = stride * logits_dtype.itemsize * (1 + flags["HAS_ONLINE_TEACHER"])
+    R = rows_per_chunk(N, D, row_bytes, max_workspace_bytes, multiprocessors(hidden.device))
+    tables = teacher_tables(teacher)
+    has_tail = flags["HAS_CACHED_TEACHER"] and flags["HAS_KL_GRADIENT"]
+    K = tables[3].shape[1] if flags["HAS_CACHED_TEACHER"] else 0
+    accumulate = figures.ce.dtype
+    logits = hidden.new_empty(R, stride, dtype=logits_dtype)
+    teacher_logits = torch.empty_like(logits) if flags["HAS_ONLINE_TEACHER"] else None
+    top_dlogits = hidden.new_empty(R, K, dtype=accumulate) if has_tail else None
+    product = hidden.new_empty(R, D, dtype=accumulate) if has_tail else None
+    c_sum = class_weights.to(accumulate).sum() if class_weights is not None and flags["HAS_SMOOTHING"] else None
+    dlogits = logits.view(hidden.dtype)
+
+    BLOCK_V, registers = block_and_registers(V, flags)
+    with device_of(hidden), _exact_reductions():
+        for start in range(0, N, R):
+            chunk = slice(start, min(start + R, N))
+            size = chunk.stop - start
+            chunk_hidden = hidden.index_select(0, rows[chunk])
+            chunk_teacher = None if teacher is None else teacher_rows[chunk]
+            _product(chunk_hidden, weight.T, logits[:size, :V])
+            if teacher_logits is not None:
+                _product(teacher.index_select(0, chunk_teacher), weight.T, teacher_logits[:size, :V])
+            linear_cross_entropy_row_fwd_kernel[(size,)](
+                logits,
+                dlogits,
+                teacher_logits,
+                chunk_hidden,
+                chunk_teacher,
+                targets[chunk],
+                ce_share[chunk] if gradient else None,
+                kl_share[chunk] if flags["HAS_KL_GRADIENT"] else None,
+                bias,
+                class_weights,
+                c_sum,
+                *tables,
+                top_dlogits,
+                *(None if figure is None else figure[chunk] for figure in figures[:6]),
+                V,
+                D,
+                K,
+                logits.stride(0),
+                dlogits.stride(0),
+                label_smoothing,
+                z_loss,
+                softcap or 0.0,
+                **flags,
+                BLOCK_V=BLOCK_V,
+                BLOCK_D=min(MAX_BLOCK_D, triton.next_power_of_2(D)),
+                BLOCK_K=min(MAX_BLOCK_K, triton.next_power_of_2(max(K, 1))),
+                num_warps=max(1, min(MAX_WARPS, BLOCK_V // LEAST_PER_WARP)),
+                maxnreg=registers,
+            )
+            if has_tail:
+                # Kept in the accumulation dtype: the tail's mean is nearly its equal where student and teacher agree.
+                _product(dlogits[:size, :V], weight, product[:size])
+                sum_parts(product[None, :size], figures.gradient[chunk], tables[0], chunk_teacher, kl_share[chunk])
+            elif gradient:
+                _product(dlogits[:size, :V], weight, figures.gradient[chunk])
+    return figures
+
+
+def block_and_registers(vocabulary: int, flags: dict[str, bool]) -> tuple[int, int]:
+    """BLOCK_V of the row kernel with these features, and the registers a thread may take."""
+    has_options = any(flags.get(name) for name in OPTIONS_PER_LOGIT)
+    block, registers = (OPTIONS_BLOCK_V, OPTIONS_REGISTERS) if has_options else (PLAIN_BLOCK_V, PLAIN_REGISTERS)
+    return min(block, triton.next_power_of_2(vocabulary)), registers
+
+
+def rows_per_chunk(rows: int, hidden_size: int, row_bytes: int, max_workspace_bytes: int, multiprocessors: int) -> int:
+    """R: the chunk size with the least estimated time of both products among the few largest that fit the budget.
+
+    Chunks are even and, where the budget allows, multiples of 128 rows, cuBLAS's output tile. A product over r rows
+    takes the time of max(r, 266) rows, since below that an H100 waits for the head's bytes. The logits product has
+    V / 256 tiles a row block and fills any device; the gradient's has ceil(r / 128) * ceil(D / 256), and even with
+    V split among blocks its last wave may leave multiprocessors idle, which is what the candidates are compared by.
+    The model is arithmetic on tile counts; it has not been fitted to measurements.
+    """
+    fit = max(1, max_workspace_bytes // row_bytes)
+    fewest = math.ceil(rows / fit)
+    candidates = []
+    for chunks in range(fewest, fewest + 4):
+        even = math.ceil(rows / chunks)
+        whole_tiles = math.ceil(even / TILE_ROWS) * TILE_ROWS
+        candidates.append(min(rows, whole_tiles) if whole_tiles <= fit else even)
+
+    def time(size: int) -> float:
+        if size == 0:
+            return 0.0
+        row_tiles = math.ceil(size / TILE_ROWS)
+        tiles = row_tiles * math.ceil(hidden_size / TILE_COLUMNS)
+        occupancy = max(
+            tiles * split / (math.ceil(tiles * split / multiprocessors) * multiprocessors)
+            for split in range(1, MAX_SPLIT_K + 1)
+        )
+        return max(row_tiles * TILE_ROWS, ROWS_THAT_HIDE_THE_HEAD) * (1 + 1 / occupancy)
+
+    return min(candidates, key=lambda size: rows // size * time(size) + time(rows % size))
+
+
+def _product(left, right, out) -> None:
+    """out = left @ right, accumulated and rounded once in out's dtype."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    elif left.is_cuda and out.dtype == torch.float32:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        # Only cuBLAS takes operands narrower than its result, and only for float32 results.
+        torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+
+
+@contextmanager
+def _exact_reductions():
+    """cuBLAS adds up partial products of a split K in float32, whatever the process allows elsewhere."""
+    matmul = torch.backends.cuda.matmul
+    before = {}
+    for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
+        # A plain bool allows splitting K too, so a ban on it must be handed back beside the value.
+        may_split = getattr(matmul, f"{name}_split_k", True)
+        allowed = getattr(matmul, name)
+        before[name] = allowed if may_split else (allowed, False)
+        setattr(matmul, name, False if may_split else (False, False))
+    before["allow_fp16_accumulation"] = matmul.allow_fp16_accumulation
+    matmul.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)

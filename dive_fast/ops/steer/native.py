@@ -1,0 +1,210 @@
+"""Steering on the CPU: hands the tensors to the compiled kernels (csrc/cpu/steer.h), which do everything in one pass.
+
+T rows, D hidden size, R adapter rank, A adapters.
+"""
+
+import functools
+from collections.abc import Set
+
+import torch
+
+from dive_fast import native
+
+# In the order of the enumerations in csrc/cpu.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("silu", "identity", "relu", "gelu", "tanh")
+
+
+def steer_forward(
+    residual,
+    update,
+    down,
+    up,
+    bias,
+    static,
+    alpha,
+    gate_direction,
+    gate_offset,
+    mask,
+    adapter_index,
+    norm_weight,
+    *,
+    activation,
+    normalize_input,
+    preserve_norm,
+    norm_eps,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The formula of `dive_fast.ops.steer` for stacked adapters.
+
+    Args:
+        residual, update: [T, D] of any row stride and unit inner stride, float32, bfloat16 or float16.
+        down: [A, R, D]; up: [A, D, R]; bias: [A, R]; static, gate_direction: [A, D]; alpha, gate_offset: [A].
+        mask: bool [T]; False leaves a row as it is, bit for bit.
+        adapter_index: int32 [T]; None takes adapter 0 everywhere, -1 leaves a row as it is.
+        isa: the level to run at, one of the extension's `cpu.kernel_levels()`; None takes the best.
+        threads: the most to use; None takes as many as torch does.
+
+    Returns:
+        h' [T, D]; its RMSNorm [T, D] where norm_weight is given; n @ down.T + bias [T, R] float32 where R > 0, zero in
+        rows left alone.
+    """
+    extension = native.load().cpu
+    inputs, kept = _inputs(
+        extension,
+        residual,
+        update,
+        (down, up, bias, static, alpha, gate_direction, gate_offset),
+        (mask, adapter_index, norm_weight),
+        (activation, normalize_input, preserve_norm, norm_eps),
+    )
+    rank = kept[2].shape[1] if kept[2] is not None else 0
+    steered = torch.empty(residual.shape, dtype=residual.dtype)
+    normalized = None if norm_weight is None else torch.empty(residual.shape, dtype=residual.dtype)
+    pre_activation = torch.empty(residual.shape[0], rank) if rank else None
+    extension.steer_forward(
+        inputs=inputs,
+        steered=steered.data_ptr(),
+        normalized=_address(normalized),
+        pre_activation=_address(pre_activation),
+        isa=isa or _best_isa(),
+        threads=threads or torch.get_num_threads(),
+    )
+    return steered, normalized, pre_activation
+
+
+def steer_backward(
+    grad_steered,
+    grad_normalized,
+    residual,
+    update,
+    pre_activation,
+    down,
+    up,
+    bias,
+    static,
+    alpha,
+    gate_direction,
+    gate_offset,
+    mask,
+    norm_weight,
+    *,
+    activation,
+    normalize_input,
+    preserve_norm,
+    norm_eps,
+    wanted: Set[str],
+    isa: str | None = None,
+    threads: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """Gradients by name for the names in `wanted`, for one adapter (A = 1).
+
+    Args:
+        grad_steered, grad_normalized: [T, D] of residual's dtype; None stands for zeros.
+        pre_activation: what the forward pass returned.
+        wanted: among "residual" (which is update's gradient too), "down", "up", "bias", "static", "alpha",
+            "gate_direction", "gate_offset" and "norm_weight"; only arguments that were given.
+
+    Returns:
+        "residual" in its dtype, the others in float32 and the shape of the argument. Equal for every `threads`.
+    """
+    extension = native.load().cpu
+    arguments = {
+        "down": down,
+        "up": up,
+        "bias": bias,
+        "static": static,
+        "alpha": alpha,
+        "gate_direction": gate_direction,
+        "gate_offset": gate_offset,
+    }
+    inputs, kept = _inputs(
+        extension,
+        residual,
+        update,
+        tuple(arguments.values()),
+        (mask, None, norm_weight),
+        (activation, normalize_input, preserve_norm, norm_eps),
+    )
+    arguments["norm_weight"] = norm_weight
+    gradients = {name: torch.empty(arguments[name].shape) for name in wanted if name != "residual"}
+    if "residual" in wanted:
+        gradients["residual"] = torch.empty(residual.shape, dtype=residual.dtype)
+    grad_steered, grad_normalized = _unit_inner_stride(grad_steered), _unit_inner_stride(grad_normalized)
+    addresses = {name: _address(gradients.get(name)) for name in ("residual", *arguments)}
+    addresses["static_push"] = addresses.pop("static")
+    extension.steer_backward(
+        inputs=inputs,
+        grad_steered=_address(grad_steered),
+        grad_steered_stride=0 if grad_steered is None else grad_steered.stride(0),
+        grad_normalized=_address(grad_normalized),
+        grad_normalized_stride=0 if grad_normalized is None else grad_normalized.stride(0),
+        pre_activation=_address(pre_activation),
+        isa=isa or _best_isa(),
+        threads=threads or torch.get_num_threads(),
+        **addresses,
+    )
+    return gradients
+
+
+def _inputs(extension, residual, update, adapter, rows, options):
+    """The extension's SteerInputs, and the tensors it points into, which must outlive it."""
+    down, up, bias, static, alpha, gate_direction, gate_offset = (_float32(tensor) for tensor in adapter)
+    if down is not None and down.shape[1] == 0:
+        down = up = bias = None
+    mask, adapter_index, norm_weight = rows
+    activation, normalize_input, preserve_norm, norm_eps = options
+    weight = _float32(norm_weight)
+    mask = None if mask is None else mask.contiguous()
+    adapter_index = None if adapter_index is None else adapter_index.contiguous()
+    inputs = extension.SteerInputs(
+        rows=residual.shape[0],
+        hidden_size=residual.shape[1],
+        rank=0 if down is None else down.shape[1],
+        adapters=alpha.shape[0],
+        dtype=DTYPES.index(residual.dtype),
+        residual=residual.data_ptr(),
+        residual_stride=residual.stride(0),
+        update=_address(update),
+        update_stride=0 if update is None else update.stride(0),
+        down=_address(down),
+        up=_address(up),
+        bias=_address(bias),
+        static_push=_address(static),
+        alpha=_address(alpha),
+        gate_direction=_address(gate_direction),
+        gate_offset=_address(gate_offset),
+        mask=_address(mask),
+        adapter_index=_address(adapter_index),
+        norm_weight=_address(weight),
+        # The decoders' norms multiply in the wider dtype of the stream and the weight.
+        round_before_norm_weight=norm_weight is not None
+        and torch.promote_types(residual.dtype, norm_weight.dtype) == residual.dtype,
+        activation=ACTIVATIONS.index(activation),
+        normalize_input=normalize_input,
+        preserve_norm=preserve_norm,
+        norm_eps=norm_eps,
+    )
+    kept = (residual, update, down, up, bias, static, alpha, gate_direction, gate_offset, mask, adapter_index, weight)
+    return inputs, kept
+
+
+@functools.cache
+def _best_isa() -> str:
+    return native.load().cpu.kernel_levels()[-1]
+
+
+def _address(tensor) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _float32(tensor):
+    # A decoding step makes hundreds of calls with adapters that are ready: two questions cost less than three no-ops.
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.detach().to(torch.float32).contiguous()
+
+
+def _unit_inner_stride(tensor):
+    return tensor if tensor is None or tensor.stride(1) == 1 else tensor.contiguous()
