@@ -18,6 +18,7 @@ LOWEST = {
     "max_grad_norm": 0,
     "adam_epsilon": 0,
     "warmup_steps": 0,
+    "prompt_cache_bytes": 0,
     "seed": 0,
     "dataloader_num_workers": 0,
     "per_device_train_batch_size": 1,
@@ -39,6 +40,9 @@ class DiveTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "log the loss every so many steps"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "trackers to report to"})
+    prompt_cache_bytes: int = field(
+        default=0, metadata={"help": "host memory for the prompts' caches from epoch to epoch (scope 'response')"}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "records are not columns; keep False"})
 
     ddp_find_unused_parameters: bool | None = field(

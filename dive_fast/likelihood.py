@@ -10,23 +10,43 @@ import torch
 from torch import nn
 
 from dive_fast import ops
-from dive_fast.data.collator import ReportCollator
+from dive_fast.data.collator import IGNORED, ReportCollator
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.data.record import Record
-from dive_fast.models.hidden import hidden_states
+from dive_fast.models.hidden import HiddenStates, hidden_states
+from dive_fast.models.prefix import continue_prefix
 from dive_fast.models.spec import lm_head_of, logit_softcap_of
-from dive_fast.steering import response_positions_from_labels
+from dive_fast.prompt_store import PromptStore
+from dive_fast.supervision.teacher import without_steering
 
-NOT_FOR_THE_MODEL = ("labels", "token_weights", "records")
+NOT_FOR_THE_MODEL = ("prompts", "labels", "targets", "target_weights", "predictors", "records")
 """Entries of a collated batch that the model's forward does not take."""
 
 
-def model_inputs(batch: dict, model: nn.Module) -> dict:
-    """The part of a collated batch that goes into the model; a steered model is told its response positions."""
+def batch_states(
+    model: nn.Module, batch: dict, *, layers: bool = False, store: PromptStore | None = None
+) -> HiddenStates:
+    """Hidden states [B, T, D] of a collated batch; a steered model is told its response positions.
+
+    Args:
+        batch: of `ReportCollator`. In the split form the prompts are run first, unsteered and without gradient, so the
+            steering's scope must be "response".
+        layers: also return the residual streams.
+        store: where the prompts' caches are looked up and kept.
+    """
     inputs = {key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL}
-    if hasattr(model, "peft_config"):
-        inputs["response_positions"] = response_positions_from_labels(batch["labels"])
-    return inputs
+    if hasattr(_inside_wrappers(model), "peft_config"):
+        inputs["response_positions"] = batch["targets"] != IGNORED
+    if "prompts" not in batch:
+        return hidden_states(model, inputs, layers=layers)
+    with without_steering(_inside_wrappers(model)):
+        prefix = (store or PromptStore()).prefix(model, batch["records"], batch["prompts"])
+    return continue_prefix(model, prefix, **inputs, layers=layers)
+
+
+def _inside_wrappers(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 @torch.no_grad()
@@ -34,17 +54,17 @@ def batch_nll(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor
     """(sum of the response tokens' negative log-likelihoods [B] float32, their number [B] int64), EOS included."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = lm_head_of(base)
-    states = hidden_states(model, model_inputs(batch, model))
-    targets = batch["labels"][:, 1:]
+    states = batch_states(model, batch)
     losses = ops.linear_cross_entropy(
-        states.final[:, :-1],
+        states.final,
         head.weight,
-        targets,
+        batch["targets"],
+        rows=batch["predictors"],
         bias=head.bias,
         softcap=logit_softcap_of(base),
         reduction="none",
     )
-    return losses.sum(dim=1), (targets != -100).sum(dim=1)
+    return losses.sum(dim=1), (batch["targets"] != IGNORED).sum(dim=1)
 
 
 def report_nll(

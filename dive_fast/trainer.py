@@ -13,14 +13,13 @@ from safetensors import SafetensorError
 from transformers import Trainer
 
 from dive_fast import checkpoints, ops
-from dive_fast.data.collator import ReportCollator
+from dive_fast.data.collator import IGNORED, ReportCollator
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
-from dive_fast.likelihood import batch_nll, model_inputs
-from dive_fast.models.hidden import hidden_states
+from dive_fast.likelihood import batch_nll, batch_states
 from dive_fast.models.spec import lm_head_of, logit_softcap_of
-from dive_fast.steering import response_positions_from_labels
+from dive_fast.prompt_store import PromptStore
 from dive_fast.supervision.settings import Supervision
 from dive_fast.supervision.teacher import TeacherRunner, TeacherTargets, disagreement_weights
 
@@ -49,7 +48,7 @@ class DiveTrainer(Trainer):
             args=args,
             train_dataset=train_records,
             eval_dataset=eval_records,
-            data_collator=ReportCollator(encoder, supervision.weigher()),
+            data_collator=ReportCollator(encoder, supervision.weigher(), split=_steers_responses_alone(model)),
             **options,
         )
         # Both say that compute_loss has normalised over the whole step already (the first for older releases).
@@ -59,6 +58,7 @@ class DiveTrainer(Trainer):
         self.teacher = teacher
         base = model.get_base_model()
         self.head, self.softcap = lm_head_of(base), logit_softcap_of(base)
+        self.prompt_store = PromptStore(getattr(args, "prompt_cache_bytes", 0))
 
     # -- the loss ----------------------------------------------------------------------------------------------------
 
@@ -67,40 +67,39 @@ class DiveTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        weights = sum(batch["token_weights"].double().sum() for batch in batches)
-        tokens = sum((batch["labels"] != -100).sum() for batch in batches)
+        weights = sum(batch["target_weights"].double().sum() for batch in batches)
+        tokens = sum(len(batch["predictors"]) for batch in batches)
         if self.supervision.needs_disagreement:
-            lengths = (n for batch in batches for n in (batch["labels"] != -100).sum(dim=1).tolist())
+            lengths = (n for batch in batches for n in (batch["targets"] != IGNORED).sum(dim=1).tolist())
             fraction, weight = self.supervision.disagreement_fraction, self.supervision.pathology_weight
             weights = weights + sum(
                 float(disagreement_weights(torch.zeros(n), fraction, weight).sum()) for n in lengths
             )
-        totals = torch.stack([weights.to(device), tokens.to(device).double()])
+        totals = torch.stack([weights.to(device), torch.full((), tokens, dtype=torch.float64, device=device)])
         if self.args.world_size > 1:
             totals = self.accelerator.gather(totals).view(-1, 2).sum(dim=0)
         return batches, totals
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This process's share of the step's loss; the shares of all micro-batches and processes add up to it."""
-        labels, settings = inputs["labels"], self.supervision
-        positions = response_positions_from_labels(labels)
-        targets = labels[:, 1:][positions[:, :-1]]
-        weights = inputs["token_weights"][:, 1:][positions[:, :-1]]
+        settings, rows, weights = self.supervision, inputs["predictors"], inputs["target_weights"]
         taught = None if self.teacher is None else [self.teacher.targets(record) for record in inputs["records"]]
         if settings.needs_disagreement:
-            weights = weights + self._disagreement(taught).to(weights)
+            extra = self._disagreement(taught).to(weights)
+            weights = weights.flatten().index_add(0, rows, extra).view(weights.shape)
         align = settings.align_weight > 0 and taught is not None
-        states = hidden_states(model, model_inputs(inputs, self.model), layers=align)
+        states = batch_states(model, inputs, layers=align, store=self.prompt_store)
         totals = num_items_in_batch
         if totals is None:
-            totals = torch.stack([weights.double().sum(), weights.new_tensor(len(weights)).double()])
+            totals = torch.stack([weights.double().sum(), weights.new_tensor(len(rows)).double()])
         weight_sum, tokens = totals.to(torch.float32)
         distill = taught is not None and settings.kl_weight > 0
         loss = ops.linear_cross_entropy(
-            states.final[positions],
+            states.final,
             self.head.weight,
-            targets,
+            inputs["targets"],
             weights,
+            rows=rows,
             bias=self.head.bias,
             softcap=self.softcap,
             teacher=self._distributions(taught) if distill else None,
@@ -108,7 +107,7 @@ class DiveTrainer(Trainer):
             denominator=(weight_sum, tokens) if distill else weight_sum,
         )
         if align:
-            loss = loss + settings.align_weight * self._misalignment(states.layers, positions, taught) / tokens
+            loss = loss + settings.align_weight * self._misalignment(states.layers, rows, taught) / tokens
         # Data parallelism averages gradients over processes; the totals above already count all of them.
         loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
@@ -117,24 +116,20 @@ class DiveTrainer(Trainer):
         device = self.head.weight.device
         if taught[0].final is not None:
             return torch.cat([t.final for t in taught]).to(device)
-        return ops.TeacherStatistics(
-            torch.cat([t.statistics.mean_weight for t in taught]).to(device),
-            torch.cat([t.statistics.negative_entropy for t in taught]).to(device),
-        )
+        columns = zip(*(t.statistics for t in taught), strict=True)
+        return ops.TeacherStatistics(*(torch.cat(column).to(device) for column in columns))
 
     def _disagreement(self, taught: list[TeacherTargets]) -> torch.Tensor:
         fraction, weight = self.supervision.disagreement_fraction, self.supervision.pathology_weight
         return torch.cat([disagreement_weights(t.disagreement, fraction, weight) for t in taught])
 
     @staticmethod
-    def _misalignment(
-        layers: list[torch.Tensor], positions: torch.Tensor, taught: list[TeacherTargets]
-    ) -> torch.Tensor:
+    def _misalignment(layers: list[torch.Tensor], rows: torch.Tensor, taught: list[TeacherTargets]) -> torch.Tensor:
         """sum_t mean_l |h_lt - teacher h_lt|^2 / D, in float32."""
         teacher = torch.cat([t.layers for t in taught], dim=1).to(layers[0].device)
         total = torch.zeros((), device=layers[0].device)
         for student, target in zip(layers, teacher, strict=True):
-            difference = student[positions].float() - target.float()
+            difference = student.flatten(0, 1).index_select(0, rows).float() - target.float()
             total = total + difference.square().mean(dim=-1).sum()
         return total / len(layers)
 
@@ -194,3 +189,8 @@ class DiveTrainer(Trainer):
             self.args.save_total_limit = keep
         if self.args.should_save:
             checkpoints.rotate(folder.parent, keep, self.state.best_model_checkpoint)
+
+
+def _steers_responses_alone(model) -> bool:
+    """Whether prompts belong to the frozen model, so that they need no gradient."""
+    return all(model.peft_config[name].scope == "response" for name in model.active_adapters)

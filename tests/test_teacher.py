@@ -33,9 +33,32 @@ def test_a_second_run_reads_the_cache_and_gets_the_same_bits(tmp_path):
     second = runner(cache=tmp_path)
     for record, target in zip(RECORDS, targets, strict=True):
         again = second.targets(record)
-        assert torch.equal(again.statistics.mean_weight, target.statistics.mean_weight)
-        assert torch.equal(again.statistics.negative_entropy, target.statistics.negative_entropy)
+        assert all(map(torch.equal, again.statistics, target.statistics))
     assert second.passes == 0
+
+
+def test_fixed_demonstrations_are_run_once_and_give_the_same_targets(monkeypatch):
+    """A report then costs its own prompt and itself; where a demonstration would leak, the whole prompt."""
+    model, lengths = tiny_llama(), []
+    model.model.register_forward_pre_hook(
+        lambda m, args, kwargs: lengths.append(kwargs["inputs_embeds" if "input_ids" not in kwargs else "input_ids"]),
+        with_kwargs=True,
+    )
+    fixed = runner(model, demos="fixed")
+    demonstrations = {record.id for record in fixed.pool.for_record(Record("x", "x", "x"))}
+    targets = [fixed.targets(record) for record in RECORDS]
+    shared, counts = len(fixed.shared[0]), [tokens.shape[1] for tokens in lengths]
+    assert shared > 20 and counts.count(shared) == 1
+    own = [n for n in counts if n != shared]
+    for record, count in zip(RECORDS, own, strict=True):
+        assert count > shared if record.id in demonstrations else count < shared
+    monkeypatch.setattr(TeacherRunner, "_shared_prefix", lambda self, batch: (0, None))
+    whole = runner(demos="fixed")
+    for record, target in zip(RECORDS, targets, strict=True):
+        other = whole.targets(record).statistics._asdict()
+        for name, figure in target.statistics._asdict().items():
+            if name != "top_indices":  # equally probable tokens may change places
+                torch.testing.assert_close(figure, other[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["model", "demonstrations", "report", "prompt", "tokenizer"])
@@ -71,11 +94,11 @@ def test_a_damaged_entry_is_detected_and_replaced(tmp_path, damage, caplog):
         data[-3] ^= 1
         file.write_bytes(data)
     else:
-        save_file({"mean_weight": torch.zeros(2, 2), "negative_entropy": torch.zeros(2)}, file)
+        save_file({"tail_mean_weight": torch.zeros(2, 2), "tail_mass": torch.zeros(2)}, file)
     again = runner(cache=tmp_path)
     found = again.targets(RECORDS[0])
     assert again.passes == 1 and "computed again" in caplog.text
-    assert torch.equal(found.statistics.mean_weight, expected.statistics.mean_weight)
+    assert all(map(torch.equal, found.statistics, expected.statistics))
     assert runner(cache=tmp_path).targets(RECORDS[0]) is not None
 
 
@@ -108,7 +131,7 @@ def test_targets_do_not_depend_on_an_active_adapter():
             if "dive_" in name:
                 parameter.fill_(1.0)
     steered = runner(model.train()).targets(RECORDS[0]).statistics
-    assert torch.equal(plain.mean_weight, steered.mean_weight)
+    assert torch.equal(plain.tail_mean_weight, steered.tail_mean_weight)
     assert model.training and not model.base_model.model.model.layers[0].steering.disable_adapters
 
 

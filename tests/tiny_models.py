@@ -5,6 +5,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    Gemma3Config,
     Gemma3TextConfig,
     Idefics3Config,
     LlamaConfig,
@@ -13,11 +14,14 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
+    SiglipVisionConfig,
     SmolVLMConfig,
 )
 
 VOCAB = 64
 IMAGE_TOKEN = 60
+IMAGE_LENGTH = 4
+"""Tokens of one image, in every family."""
 _SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -88,20 +92,33 @@ def _idefics(cls):
     )
 
 
+def _gemma3_text():
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    return Gemma3TextConfig(**_SIZES, head_dim=8, sliding_window=6, layer_types=layer_types)
+
+
+def _gemma3_vl():
+    return Gemma3Config(
+        text_config=_gemma3_text(),
+        vision_config=SiglipVisionConfig(**_vision(size=16, patch=4)),
+        mm_tokens_per_image=IMAGE_LENGTH,
+        image_token_index=IMAGE_TOKEN,
+    )
+
+
 FAMILIES = {
     "llama": _llama,
     "mistral": lambda: MistralConfig(**_SIZES, sliding_window=6),
     "qwen2": lambda: Qwen2Config(**_SIZES),
     "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=8),
-    "gemma3": lambda: Gemma3TextConfig(
-        **_SIZES, head_dim=8, sliding_window=6, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
-    ),
+    "gemma3": _gemma3_text,
     "llava": _llava,
     "qwen2_5_vl": _qwen2_5_vl,
     "idefics3": lambda: _idefics(Idefics3Config),
     "smolvlm": lambda: _idefics(SmolVLMConfig),
+    "gemma3_vl": _gemma3_vl,
 }
-VISION_FAMILIES = ("llava", "qwen2_5_vl", "idefics3", "smolvlm")
+VISION_FAMILIES = ("llava", "qwen2_5_vl", "idefics3", "smolvlm", "gemma3_vl")
 
 
 def tiny_model(family: str, dtype=torch.float32, seed: int = 0):
@@ -128,6 +145,25 @@ def text_batch(rows: int = 3, length: int = 9, left_padding=(0, 2, 4), seed: int
         input_ids[row, :pad] = 0
         attention_mask[row, :pad] = 0
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def image_inputs(family: str, input_ids: torch.Tensor, seed: int = 3) -> dict:
+    """What the processor of `family` gives beside ids that hold one image (IMAGE_LENGTH image tokens) a row."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, is_image = len(input_ids), (input_ids == IMAGE_TOKEN).long()
+    shape = {
+        "llava": (rows, 3, 16, 16),
+        "gemma3_vl": (rows, 3, 16, 16),
+        "qwen2_5_vl": (rows * 16, 3 * 2 * 8 * 8),
+        "idefics3": (rows, 1, 3, 16, 16),
+        "smolvlm": (rows, 1, 3, 16, 16),
+    }[family]
+    inputs = {"pixel_values": torch.randn(shape, generator=generator)}
+    if family == "qwen2_5_vl":
+        inputs |= {"image_grid_thw": torch.tensor([[1, 4, 4]] * rows), "mm_token_type_ids": is_image}
+    elif family == "gemma3_vl":
+        inputs["token_type_ids"] = is_image
+    return inputs
 
 
 def randomize_adapters(model, scale: float = 0.3, seed: int = 2):

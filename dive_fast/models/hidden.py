@@ -26,7 +26,7 @@ def hidden_states(model: nn.Module, inputs: Mapping, *, layers: bool = False) ->
     The model is called as a whole, through whatever wraps it (PEFT, data parallelism), so that vision towers and
     gradient hooks do their work; its own head is kept to one position.
     """
-    decoder = decoder_of(_unwrapped(model))
+    decoder = decoder_of(unwrapped(model))
     states = HiddenStates()
     handles = [decoder.register_forward_hook(lambda m, a, output: setattr(states, "final", output[0]))]
     if layers:
@@ -45,7 +45,7 @@ def hidden_states(model: nn.Module, inputs: Mapping, *, layers: bool = False) ->
     return states
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside DistributedDataParallel, a compiled module and PEFT."""
     while not hasattr(model, "get_decoder") and hasattr(model, "module"):
         model = model.module

@@ -21,15 +21,23 @@ class DecoderSpec:
         attention: the self-attention module.
         attention_output: the module whose output is added to the residual stream after attention: the attention
             itself in pre-norm decoders, the norm behind it in Gemma's sandwich.
+        mlp_norm, mlp, mlp_output: the same for the MLP.
     """
 
     input_norm: str = "input_layernorm"
     attention: str = "self_attn"
     attention_output: str = "self_attn"
+    mlp_norm: str = "post_attention_layernorm"
+    mlp: str = "mlp"
+    mlp_output: str = "mlp"
 
 
 _PRE_NORM = DecoderSpec()
-_SANDWICH_NORM = DecoderSpec(attention_output="post_attention_layernorm")
+_SANDWICH_NORM = DecoderSpec(
+    attention_output="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_output="post_feedforward_layernorm",
+)
 
 DECODER_SPECS: dict[str, DecoderSpec] = {
     "llama": _PRE_NORM,

@@ -1,7 +1,8 @@
 """The adapters of one decoder layer: their parameters, and how they act on the residual stream.
 
-The module is a child of the decoder layer and acts through hooks, so the layer keeps its class, its name and its place
-in the model: captured hidden states, sharding and activation checkpointing go on working.
+The module is a child of the decoder layer and acts inside its forward pass (forward.py), or by a hook where the family
+is not described, so the layer keeps its name and its place in the model: captured hidden states, sharding and
+activation checkpointing go on working.
 
 B batch rows, T tokens, D hidden size, H heads, R rank.
 """
@@ -13,6 +14,7 @@ from torch import nn
 from dive_fast import ops
 from dive_fast.models.spec import DecoderSpec
 from dive_fast.steering.config import DiveConfig
+from dive_fast.steering.forward import steer_inside, steer_no_more
 from dive_fast.steering.heads import demonstration_share, install_heads_hook
 from dive_fast.steering.positions import STEERING_KWARG, SteeringCall
 
@@ -48,8 +50,6 @@ class DiveLayer(nn.Module, BaseTunerLayer):
         self.norm_eps = norm_eps
         self._layer = (layer,)  # in a tuple: the layer owns this module, not the other way round
         self._handles: dict[str, list] = {}
-        self._residual: torch.Tensor | None = None
-        self._call: SteeringCall | None = None
         self._basis_cache: dict[str, tuple[int, torch.Tensor]] = {}
 
     def update_layer(self, adapter_name: str, config: DiveConfig) -> None:
@@ -106,22 +106,18 @@ class DiveLayer(nn.Module, BaseTunerLayer):
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     def _install_hooks(self, site: str) -> None:
-        """Hook what `site` needs, once per layer. Ours come first, so that others see the steered state."""
+        """Take the place that `site` needs in the layer, once."""
         if site in self._handles:
             return
         layer = self._layer[0]
-        if site == "block":
-            handles = [layer.register_forward_hook(self._steer_block, with_kwargs=True, prepend=True)]
-        elif site == "heads":
-            handles = install_heads_hook(getattr(layer, self.spec.attention), self)
-        else:
-            attention = getattr(layer, self.spec.attention)
-            handles = [
-                getattr(layer, self.spec.input_norm).register_forward_pre_hook(self._keep_residual),
-                attention.register_forward_pre_hook(self._keep_call, with_kwargs=True),
-                getattr(layer, self.spec.attention_output).register_forward_hook(self._steer_attention, prepend=True),
-            ]
-        self._handles[site] = handles
+        self._handles[site] = []
+        if site == "heads":
+            self._handles[site] = install_heads_hook(getattr(layer, self.spec.attention), self)
+        elif self.spec is not None:
+            steer_inside(layer)
+        else:  # ours comes first, so that others see the steered state
+            handle = layer.register_forward_hook(self._steer_output, with_kwargs=True, prepend=True)
+            self._handles[site] = [handle]
 
     def remove_hooks(self) -> None:
         """Give the decoder layer back as it was."""
@@ -129,39 +125,23 @@ class DiveLayer(nn.Module, BaseTunerLayer):
             for handle in handles:
                 handle.remove()
         self._handles.clear()
+        steer_no_more(self._layer[0])
 
-    def _steer_block(self, layer, args, kwargs, output):
+    def _steer_output(self, layer, args, kwargs, output):
+        """For decoders that no `DecoderSpec` describes: steer what the layer gives."""
         call = kwargs.get(STEERING_KWARG)
         if call is None:
             return None
         call.visits += 1
         hidden = output[0] if isinstance(output, tuple) else output
-        steered = self._steer(hidden, None, call, site="block")
+        steered = self.add(hidden, None, call, site="block")
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
-
-    def _keep_residual(self, norm, args):
-        self._residual = args[0]
-
-    def _keep_call(self, attention, args, kwargs):
-        self._call = kwargs.get(STEERING_KWARG)
-
-    def _steer_attention(self, module, args, output):
-        call, residual = self._call, self._residual
-        self._call = self._residual = None
-        if call is None:
-            return None
-        call.visits += 1
-        update = output[0] if isinstance(output, tuple) else output
-        before = residual + update
-        # What is added to the residual stream afterwards carries the push; without one the difference is exactly 0.
-        update = update + (self._steer(residual, update, call, site="attention") - before)
-        return (update, *output[1:]) if isinstance(output, tuple) else update
 
     # -- the computation ---------------------------------------------------------------------------------------------
 
-    def _steer(self, residual, update, call: SteeringCall, site: str) -> torch.Tensor:
+    def add(self, residual, update, call: SteeringCall | None, site: str) -> torch.Tensor:
         """`residual + update`, steered by every adapter of this site in the order of activation."""
-        for name, rows in self.adapters_of(call):
+        for name, rows in () if call is None else self.adapters_of(call):
             config = self.configs[name]
             if config.site != site or config.kind == "heads":
                 continue

@@ -40,6 +40,7 @@ class DiveModel(BaseTuner):
     _given_positions: torch.Tensor | None = None
     _generation: Generation | None = None
     _adapter_names: list[str] | None = None
+    _steers: bool = True
     _decoder_handles: tuple = ()
 
     # -- injection -------------------------------------------------------------------------------------------------
@@ -180,7 +181,18 @@ class DiveModel(BaseTuner):
                 "silently do nothing; this family is not supported"
             )
 
+    @contextmanager
+    def unsteered(self):
+        """The base model's own passes; unlike PEFT's `disable_adapter` it leaves `requires_grad` alone."""
+        before, self._steers = self._steers, False
+        try:
+            yield
+        finally:
+            self._steers = before
+
     def _acting_adapters(self) -> list[str]:
+        if not self._steers:
+            return []
         layers = decoder_of(self.model).layers
         if all(
             layer.get_submodule(STEERING_NAME).disable_adapters for layer in layers if hasattr(layer, STEERING_NAME)

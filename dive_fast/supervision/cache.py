@@ -21,7 +21,7 @@ from torch import nn
 
 from dive_fast.errors import InputError
 
-FORMAT = "dive_fast teacher 1"
+FORMAT = "dive_fast teacher 2"
 SAMPLED_VALUES = 256
 """Values per weight tensor in a model's fingerprint: hashing 14 GB for every run would cost more than it saves."""
 

@@ -1,13 +1,13 @@
 """The teacher: the same frozen model with demonstrations in its context.
 
-Its distribution over a report's tokens is kept as D + 1 numbers per token, from which the KL divergence to any student
-with the same head is exact (see `dive_fast.ops.teacher_statistics`).
+Its distribution over a report's tokens is kept as D + 2 numbers and its K most probable tokens, from which the KL
+divergence to any student with the same head is exact (see `dive_fast.ops.teacher_statistics`).
 
-N response tokens, D hidden size, V vocabulary, L layers.
+N response tokens, D hidden size, K most probable tokens, L layers.
 """
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from dive_fast.data.encoding import ReportEncoder, append_responses
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
 from dive_fast.models.hidden import hidden_states
+from dive_fast.models.prefix import Prefix, continue_prefix, run_prefix
 from dive_fast.models.spec import lm_head_of, logit_softcap_of
 from dive_fast.supervision.cache import TensorCache, content_key, model_fingerprint
 
@@ -66,7 +67,7 @@ class TeacherTargets(NamedTuple):
     """What one report's supervision holds of the teacher; all on the CPU, `None` where it was not asked for.
 
     Attributes:
-        statistics: mean_weight [N, D] and negative_entropy [N]; or
+        statistics: of the next-token distributions, rows [N]; or
         final: final hidden states [N, D], for heads with a logit softcap, to which the statistics do not apply.
         layers: residual streams [L, N, D].
         disagreement: KL(teacher || zero-shot) [N].
@@ -82,7 +83,8 @@ class TeacherRunner:
     """Runs the teacher report by report and remembers its results.
 
     One report at a time, so that a result never depends on its batch: a resumed run meets the same bits. Prompts with
-    demonstrations are long enough to fill the machine alone.
+    demonstrations are long enough to fill the machine alone. Where the demonstrations are fixed and text, they are run
+    once: a report then costs its own prompt and itself.
 
     Args:
         model: the frozen model, with or without steering adapters (they are off in here).
@@ -111,6 +113,7 @@ class TeacherRunner:
         self.memory: dict[str, dict[str, torch.Tensor]] = {}
         self.memory_left = memory_bytes
         self.passes = 0
+        self.shared: tuple[torch.Tensor, Prefix | None] | None = None  # what all prompts begin with; run when needed
 
     def targets(self, record: Record) -> TeacherTargets:
         """The teacher's targets for one record, from memory, from disk or computed."""
@@ -125,10 +128,9 @@ class TeacherRunner:
                 if self.cache is not None:
                     self.cache.store(key, tensors)
             self._remember(record.id, tensors)
-        statistics = None
-        if "mean_weight" in tensors:
-            statistics = ops.TeacherStatistics(tensors["mean_weight"], tensors["negative_entropy"])
-        return TeacherTargets(statistics, tensors.get("final"), tensors.get("layers"), tensors.get("disagreement"))
+        return TeacherTargets(
+            _statistics(tensors), tensors.get("final"), tensors.get("layers"), tensors.get("disagreement")
+        )
 
     def _key(self, prompt: dict, response: Sequence[int]) -> str:
         wanted = f"layers={self.layers} disagreement={self.disagreement} softcap={self.softcap}"
@@ -168,17 +170,49 @@ class TeacherRunner:
         device = self.head.weight.device
         batch = append_responses(prompt, [list(response)], self.encoder.pad_token_id)
         batch.pop("labels")
-        states = hidden_states(self.model, {k: v.to(device) for k, v in batch.items()}, layers=layers)
-        first = batch["input_ids"].shape[1] - len(response) - 1
+        batch = {k: v.to(device) for k, v in batch.items()}
+        begun, prefix = self._shared_prefix(batch)
+        if prefix is None:
+            states = hidden_states(self.model, batch, layers=layers)
+        else:
+            rest = {name: values[:, begun:] for name, values in batch.items()}
+            states = continue_prefix(self.model, prefix, **rest, layers=layers)
+        first = batch["input_ids"].shape[1] - begun - len(response) - 1
         window = slice(first, first + len(response))
         states.final = states.final[0, window]
         states.layers = [layer[0, window] for layer in states.layers]
         return states
 
+    def _shared_prefix(self, batch: dict) -> tuple[int, Prefix | None]:
+        """The tokens that `batch` has in common with every prompt, and their cache; (0, None) where it has none."""
+        if self.pool.how != "fixed" or batch.keys() != {"input_ids", "attention_mask"}:
+            return 0, None
+        if self.shared is None:
+            self.shared = self._common_tokens().to(batch["input_ids"].device), None
+        tokens, prefix = self.shared
+        if len(tokens) == 0 or not torch.equal(batch["input_ids"][0, : len(tokens)], tokens):
+            return 0, None  # one of the demonstrations was replaced, because it would have leaked
+        if prefix is None:
+            whole = {"input_ids": tokens[None], "attention_mask": torch.ones_like(tokens)[None]}
+            self.shared = tokens, run_prefix(self.model, whole)
+        return len(tokens), self.shared[1]
+
+    def _common_tokens(self) -> torch.Tensor:
+        """What the prompts of two records that nobody has begin with; the same in every run, whichever comes first."""
+        strangers = [Record(f"no record {text}", text, text) for text in ("A", "B")]
+        demonstrations = self.pool.for_record(strangers[0])
+        if any(record.images for record in demonstrations):
+            return torch.empty(0, dtype=torch.long)
+        first, second = (self.encoder.prompts([r], [demonstrations])["input_ids"][0] for r in strangers)
+        length = min(len(first), len(second))
+        common = int((first[:length] == second[:length]).cumprod(dim=0).sum())
+        # The tokens next to the difference may be cut in another way in front of another text.
+        return first[: max(0, common - 2)]
+
     def _divergence(self, tensors: dict, zero_shot: torch.Tensor, response: Sequence[int]) -> torch.Tensor:
         teacher = tensors.get("final")
         if teacher is None:
-            teacher = ops.TeacherStatistics(tensors["mean_weight"], tensors["negative_entropy"])
+            teacher = _statistics(tensors)
         _, stats = ops.linear_cross_entropy(
             zero_shot,
             self.head.weight,
@@ -192,16 +226,18 @@ class TeacherRunner:
         return stats.kl
 
 
+def _statistics(tensors: dict[str, torch.Tensor]) -> ops.TeacherStatistics | None:
+    fields = ops.TeacherStatistics._fields
+    return ops.TeacherStatistics(*(tensors[name] for name in fields)) if fields[0] in tensors else None
+
+
 @contextmanager
 def without_steering(model: nn.Module):
     """The base model inside `model`, in eval mode."""
     training = model.training
     model.eval()
     try:
-        if hasattr(model, "disable_adapter"):
-            with model.disable_adapter():
-                yield
-        else:
+        with model.base_model.unsteered() if hasattr(model, "peft_config") else nullcontext():
             yield
     finally:
         model.train(training)

@@ -1,0 +1,128 @@
+"""A prompt that is run once, and what follows it computed from its keys and values.
+
+Where nothing steers the prompt it belongs to the frozen model: it needs no gradient, and whatever comes behind it (a
+report that is trained on, the query behind a teacher's demonstrations) needs only its cache.
+
+B batch rows, P prompt tokens (left-padded), R tokens behind them (right-padded), L layers, H key/value heads.
+"""
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from dive_fast.models.hidden import HiddenStates, hidden_states, unwrapped
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of prompts, without gradient.
+
+    Attributes:
+        layers: L pairs (keys, values), [B, H, P, head_dim] each.
+        mask: int64 [B, P], 0 on padding.
+        rope_deltas: [B, 1], how far positions behind the prompt run ahead of token counts where images have positions
+            of their own (M-RoPE); None elsewhere.
+    """
+
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    mask: torch.Tensor
+    rope_deltas: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.numel() * x.element_size() for pair in self.layers for x in pair)
+
+    def rows(self, index: slice) -> "Prefix":
+        """The prompts of some batch rows."""
+        deltas = None if self.rope_deltas is None else self.rope_deltas[index]
+        return Prefix(tuple((k[index], v[index]) for k, v in self.layers), self.mask[index], deltas)
+
+    def to(self, device: torch.device | str) -> "Prefix":
+        deltas = None if self.rope_deltas is None else self.rope_deltas.to(device, non_blocking=True)
+        layers = tuple(tuple(x.to(device, non_blocking=True) for x in pair) for pair in self.layers)
+        return Prefix(layers, self.mask.to(device, non_blocking=True), deltas)
+
+
+class _ReadOnlyLayer(DynamicLayer):
+    """One layer's prompt. New keys and values go behind it for the caller and are not kept.
+
+    So a layer that activation checkpointing runs twice sees the same cache twice.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        super().__init__()
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values, self.is_initialized = keys, values, True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+@torch.no_grad()
+def run_prefix(model: nn.Module, inputs: Mapping) -> Prefix:
+    """Run prompts through `model` as it is (so with its adapters switched off by the caller).
+
+    Args:
+        inputs: the processor's output for left-padded prompts: input_ids [B, P], attention_mask, pixel_values, ...
+    """
+    mask = inputs["attention_mask"]
+    cache = DynamicCache()  # without a config it keeps all positions, also of layers with a sliding window
+    owner = _rope_owner(model)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    if owner is not None:
+        owner.rope_deltas = None
+        # With images the model lays the positions out itself.
+        has_images = any(name.endswith("grid_thw") for name in inputs)
+        positions = None if has_images else positions.expand(3, *positions.shape)
+    unwrapped(model)(**inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    deltas = None if owner is None else owner.rope_deltas
+    return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), mask, deltas)
+
+
+def continue_prefix(
+    model: nn.Module, prefix: Prefix, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, layers=False, **options
+) -> HiddenStates:
+    """Hidden states [B, R, D] of tokens behind a prompt, as if both had been run together.
+
+    Args:
+        input_ids, attention_mask: [B, R], right-padded.
+        layers: also return the residual streams.
+        options: further arguments of the model's forward.
+    """
+    count = prefix.mask.sum(dim=1, keepdim=True)
+    positions = count + torch.arange(input_ids.shape[1], device=input_ids.device)
+    if _rope_owner(model) is not None:
+        positions = (positions if prefix.rope_deltas is None else positions + prefix.rope_deltas).expand(3, -1, -1)
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": torch.cat([prefix.mask, attention_mask], dim=1),
+        "position_ids": positions,
+        "past_key_values": Cache(layers=[_ReadOnlyLayer(*pair) for pair in prefix.layers]),
+        **options,
+    }
+    with _cache_under_checkpointing(model):
+        return hidden_states(model, inputs, layers=layers)
+
+
+def _rope_owner(model: nn.Module) -> nn.Module | None:
+    """The module that lays out multimodal positions, in the families that have them (Qwen-VL)."""
+    inner = getattr(unwrapped(model), "model", None)
+    return inner if hasattr(inner, "rope_deltas") else None
+
+
+@contextmanager
+def _cache_under_checkpointing(model: nn.Module):
+    """Tell checkpointed layers that this cache is only read; they drop any other."""
+    checkpointed = [m for m in unwrapped(model).modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module._can_checkpoint_with_cache = True
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            del module._can_checkpoint_with_cache
