@@ -1,0 +1,79 @@
+"""What every group of the suite shares: the scale, the results file and who may run where."""
+
+import os
+from pathlib import Path
+
+# Before the first import of huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from benchmarks import machine, measure, results  # noqa: E402
+
+RECORDS = pytest.StashKey[list]()
+# Seconds; one measurement of the largest size, its float64 check included.
+TIMEOUT = 1800
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("dive_fast benchmarks")
+    group.addoption(
+        "--scale", choices=list(measure.SCALES), help="sizes and rounds; default: gpu where there is CUDA, else laptop"
+    )
+    group.addoption("--results", type=Path, metavar="FILE", help="also write compact results to this JSON file")
+
+
+def pytest_configure(config):
+    config.stash[RECORDS] = []
+    if config.option.scale is None:
+        config.option.scale = "gpu" if torch.cuda.is_available() else "laptop"
+
+
+def pytest_report_header(config):
+    return f"benchmarks: scale {config.option.scale}, {torch.get_num_threads()} threads"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.timeout(TIMEOUT))
+        problem = getattr(item, "callspec", None) and item.callspec.params.get("problem")
+        if getattr(problem, "device", None) == "cuda":
+            item.add_marker(pytest.mark.benchmark(timer=measure.EventClock()))
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["dive_fast"] = machine.facts()
+
+
+@pytest.fixture
+def scale(request) -> measure.Scale:
+    """How long to measure."""
+    return measure.SCALES[request.config.option.scale]
+
+
+@pytest.fixture(autouse=True)
+def keep_record(request):
+    """Every finished measurement goes to the results."""
+    yield
+    fixture = request.node.funcargs.get("benchmark")
+    if fixture is not None and fixture.stats is not None:
+        request.config.stash[RECORDS].append(results.record(fixture))
+
+
+def pytest_sessionfinish(session):
+    path, records = session.config.option.results, session.config.stash[RECORDS]
+    if path is not None and records:
+        results.write(path, records, session.config.option.scale, machine.facts())
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    compared = [record for record in config.stash[RECORDS] if "ratios" in record]
+    if not compared:
+        return
+    terminalreporter.section("ratios, paired: time (95 % interval) and peak memory")
+    for record in compared:
+        for other, ratio in record["ratios"].items():
+            time = f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}, {ratio['rounds']} rounds)"
+            memory = f"memory {ratio['peak_memory']:.3f}"
+            terminalreporter.write_line(f"{record['name']}  {record['implementation']} : {other}  {time}  {memory}")

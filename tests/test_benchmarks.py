@@ -1,0 +1,170 @@
+"""The benchmark suite runs at smoke scale, skips what is missing with a reason, and times nothing that is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
+
+from benchmarks import loss_peers, measure  # noqa: E402
+from benchmarks.loss_problems import TOLERANCES, Problem, errors, prepare, step  # noqa: E402
+from dive_fast.ops.linear_cross_entropy import spec  # noqa: E402
+
+KINDS = {
+    "mean": {"options": {"reduction": "mean"}, "weighted": False},
+    "weighted": {"options": {"reduction": "mean"}},
+    "none": {"options": {"reduction": "none"}},
+    "kl": {"options": {"reduction": "mean", "kl_weight": 0.5}, "teacher": "statistics"},
+    "kl_none": {"options": {"reduction": "none", "kl_weight": 0.5}, "teacher": "hidden"},
+}
+
+
+def problem(kind: str, dtype: torch.dtype) -> Problem:
+    return Problem(spec.Case(kind, 24, 16, 72, dtype, ignored=0.4, **KINDS[kind]), "cpu")
+
+
+def run_suite(*arguments: str) -> subprocess.CompletedProcess:
+    # Triton's interpreter is for tests; a benchmark measures compiled kernels.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_the_suite_runs_at_smoke_scale(tmp_path):
+    results = tmp_path / "results.json"
+    chosen = "test_loss and cpu and float32 and mean and (reference or valid_rows or Liger) and not ratios"
+    outcome = run_suite("--scale", "smoke", "--results", str(results), "-k", chosen)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert "Liger: " in outcome.stdout, "a skipped peer is named with its reason"
+    found = json.loads(results.read_text())
+    assert found["machine"]["torch build"] == torch.__version__
+    assert {record["implementation"] for record in found["records"]} == {"dive_fast reference", "eager valid rows"}
+    for record in found["records"]:
+        assert record["seconds"]["rounds"] >= 2 and record["seconds"]["median"] > 0
+        assert record["N"] == 32 and record["T"] == 64
+        assert record["gflops_per_second"] == pytest.approx(record["flops"] / record["seconds"]["median"] / 1e9)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_the_gpu_part_says_that_it_is_skipped():
+    outcome = run_suite("--scale", "gpu")
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert "2 skipped" in outcome.stdout and "no CUDA device" in outcome.stdout
+
+
+def test_a_missing_peer_has_a_reason():
+    missing = loss_peers.package("no_such_package", "pip install it")
+    assert missing("cpu") == "no_such_package is not installed (pip install it)"
+    assert "the problem lies on the cpu" in loss_peers.package("torch", "", cuda="it is for GPUs")("cpu")
+    assert loss_peers.package("torch", "")("cpu") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_peers_compute_the_same_loss(kind, dtype):
+    """Weights and KL are put around a peer's op by this suite: a peer must not lose by our mistake."""
+    prepared = prepare(problem(kind, dtype))
+    measured = 0
+    for peer in loss_peers.PEERS:
+        if peer.slow_start or peer.missing("cpu") or peer.unfit(prepared.inputs):
+            continue
+        found = errors(step(peer.make(), prepared.inputs)(), prepared)
+        assert max(found) <= TOLERANCES[dtype], f"{peer.name}: {found}"
+        measured += 1
+    assert measured >= 3
+
+
+def test_the_true_loss_is_the_definition():
+    wanted = problem("kl_none", torch.float32)
+    prepared = prepare(wanted)
+    inputs = prepared.inputs
+    teacher = torch.zeros_like(inputs.hidden).index_copy(0, inputs.rows, inputs.taught)
+    leaf = inputs.hidden.detach().double().requires_grad_()
+    tensors = (leaf, inputs.weight, inputs.targets, inputs.token_weights)
+    loss = spec.definition_loss(tensors, {"teacher": teacher, "kl_weight": 0.5}, torch.float64, "none")
+    (gradient,) = torch.autograd.grad(loss, leaf, inputs.upstream.double())
+    torch.testing.assert_close(prepared.loss, loss.detach())
+    torch.testing.assert_close(prepared.gradient, gradient)
+
+
+@pytest.mark.parametrize("wrong", [lambda loss: loss * 1.01, lambda loss: loss * torch.nan])
+def test_a_wrong_implementation_is_not_timed(wrong):
+    from benchmarks.test_loss import measured_and_checked
+
+    wanted = problem("mean", torch.float32)
+    false_peer = loss_peers.Implementation("false", lambda: None, loss_peers.anywhere)
+    run = step(lambda inputs: wrong(loss_peers.eager(inputs)), prepare(wanted).inputs)
+    with pytest.raises(AssertionError, match="false is wrong by"):
+        measured_and_checked(run, false_peer, wanted)
+
+
+def test_drift_cancels_in_a_ratio_of_pairs():
+    drift = [1.0, 2.0, 4.0, 8.0, 16.0]
+    ratio = measure.ratio([0.5 * x for x in drift], drift)
+    assert ratio == (0.5, 0.5, 0.5, 5)
+    noisy = measure.ratio([1.0, 1.1, 0.9, 1.2, 1.05], [1.0] * 5)
+    assert noisy.median == pytest.approx(1.05)
+    assert 0.9 <= noisy.low < 1.05 < noisy.high <= 1.2
+
+
+def test_paired_runs_take_turns():
+    calls = []
+
+    class Fixture:
+        stats = None
+
+        def pedantic(self, function, setup, rounds):
+            for _ in range(rounds):
+                setup()
+                function()
+
+    scale = measure.Scale(0.0, 3, 3, 60.0)
+    others = {"b": lambda: calls.append("b"), "c": lambda: calls.append("c")}
+    measure.paired(Fixture(), lambda: calls.append("a"), others, "cpu", scale)
+    assert "".join(calls) == "abc" + "bca" * 3
+
+
+def test_peak_memory_sees_what_was_freed_again():
+    def step():
+        torch.ones(16 * 2**20)
+        return (torch.ones(2**20),)
+
+    memory, _ = measure.peak_memory(step, "cpu")
+    assert 63 <= memory.peak / 2**20 < 80  # the kernel counts pages in batches
+    assert memory.kept < 8 * 2**20
+
+
+def test_patience_limits_the_rounds():
+    quick, slow = measure.Scale(0.0, 5, 30, 60.0), measure.Scale(0.0, 5, 30, 1e-9)
+    assert measure.rounds([lambda: None], "cpu", quick) == 5
+    assert measure.rounds([lambda: None], "cpu", slow) == 2
+
+
+def test_an_event_clock_waits_only_at_the_end(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = measure.EventClock()
+    for _ in range(2):
+        start = clock()
+        assert clock() - start == pytest.approx(0.25)
+    assert log == ["record", "record", "wait"] * 2
