@@ -7,6 +7,6 @@ namespace dive::cpu {
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
 // static: files compiled for different instruction sets each keep their own copy.
-static static inline int size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+static inline int size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 }  // namespace dive::cpu
