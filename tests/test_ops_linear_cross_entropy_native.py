@@ -32,11 +32,10 @@ def make(case, seed=0):
 
 def figures(inputs, options, *, isa=ISAS[-1], threads=2, budget=ROOMY, gradient=True, stats=True):
     defaults = {"bias": None, "class_weights": None, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None}
-    options = defaults | {"teacher": None} | options
+    teacher = {"teacher": None, "teacher_rows": inputs[3] if "teacher" in options else None}
     return row_figures(
         *inputs,
-        teacher_rows=None if options["teacher"] is None else inputs[3],
-        **options,
+        **(defaults | teacher | options),
         logits_dtype=torch.float32,
         max_workspace_bytes=budget,
         gradient=gradient,
@@ -180,6 +179,18 @@ def test_rows_with_gaps_and_strides(isa):
     rows = torch.tensor([8, 0, 3, 3])
     inputs = (wide_hidden[:, 3:33], wide_weight[:, 2:32], targets[rows], rows, ce_share[:4], None)
     check(inputs, options, isa=isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("teacher", ["hidden", "statistics"])
+def test_teacher_rows_of_their_own(teacher, isa):
+    inputs, options = make(spec.Case("", 40, 24, 101, ignored=0.0, teacher=teacher))
+    shuffled = torch.randperm(40)
+    moved = options["teacher"]
+    moved = type(moved)(*(x[shuffled] for x in moved)) if teacher == "statistics" else moved[shuffled]
+    ours = figures(inputs, options | {"teacher": moved, "teacher_rows": shuffled.argsort()}, isa=isa)
+    expected = figures(inputs, options, isa=isa)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 @pytest.mark.parametrize("isa", ISAS)

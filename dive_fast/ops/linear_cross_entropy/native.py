@@ -109,7 +109,7 @@ def _contiguous(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor
     return None if tensor is None else tensor.detach().to(dtype).contiguous()
 
 
-def _matrix(tensor: torch.Tensor) -> tuple[int, int, str]:
+def _matrix(tensor: torch.Tensor) -> tuple[int, int, int]:
     """(address, row stride in elements, number of the dtype)"""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise AssertionError(f"expected a unit inner stride, got {tensor.stride()}")
