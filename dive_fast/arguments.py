@@ -43,6 +43,9 @@ class DiveTrainingArguments(TrainingArguments):
     prompt_cache_bytes: int = field(
         default=0, metadata={"help": "host memory for the prompts' caches from epoch to epoch (scope 'response')"}
     )
+    selective_checkpointing: bool = field(
+        default=False, metadata={"help": "compute all but products and attention again in the backward pass"}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "records are not columns; keep False"})
 
     ddp_find_unused_parameters: bool | None = field(
@@ -89,6 +92,10 @@ def training_arguments(args: Mapping | TrainingArguments | None, output_dir: Pat
 
 
 def _check_ranges(arguments: TrainingArguments) -> None:
+    if getattr(arguments, "selective_checkpointing", False) and arguments.gradient_checkpointing:
+        raise InputError(
+            "selective_checkpointing: not together with gradient_checkpointing, which keeps less and costs more"
+        )
     for name, least in LOWEST.items():
         value = getattr(arguments, name)
         if value is not None and not least <= value < math.inf:

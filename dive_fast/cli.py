@@ -149,7 +149,7 @@ def _generate(commands) -> None:
     parser.add_argument("items", nargs="*", metavar="key=value", help="options of the data set, such as split=test")
     parser.add_argument("--model", metavar="M", help="short name, hub id or folder; default: the adapter's own")
     parser.add_argument("--adapter", metavar="DIR", help="a trained adapter; without it the model itself writes")
-    parser.add_argument("--dtype", help="of the weights: float32, bfloat16 or float16; default: the checkpoint's")
+    parser.add_argument("--dtype", help="of the weights: float32, bfloat16 or float16; default: as in a training file")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", metavar="NAME | FILE", help="a data set's name, or a .jsonl, .json or .csv file")
     what.add_argument("--prompt", metavar="TEXT", help="one prompt; its report is printed as it is written")

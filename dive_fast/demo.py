@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from dive_fast import checkpoints, doctor, native
+from dive_fast import checkpoints, doctor
 from dive_fast.data import load_data
 from dive_fast.data.demonstrations import DemonstrationPool
 from dive_fast.data.encoding import ReportEncoder
@@ -172,21 +172,10 @@ def main(
     return 0
 
 
-def best_dtype() -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively, else float32."""
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    try:
-        sets = set(native.load().cpu.instruction_sets())
-    except InputError:
-        return torch.float32
-    return torch.bfloat16 if sets & {"avx512_bf16", "amx_bf16"} else torch.float32
-
-
 def _load(budget: Budget) -> Task:
     train_records = load_data("open_i", split="train")
     test = load_data("open_i", split="test")
-    model, processor = load_backbone("smollm2", dtype=best_dtype())
+    model, processor = load_backbone("smollm2")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     encoder = ReportEncoder(processor, context_length=text_config_of(model).max_position_embeddings)
     rng = random.Random(budget.seed)

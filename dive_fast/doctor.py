@@ -50,7 +50,8 @@ def diagnose(probe: bool = False) -> dict:
     Returns:
         "python", "platform": strings. "packages": distribution name -> version, None where missing.
         "extension": {"built", "version", "error"}.
-        "cpu": {"brand", "instruction_sets", "logical_cores", "physical_cores"}, from the extension; empty without it.
+        "cpu": {"brand", "instruction_sets", "kernel_levels" (lowest first; the last one runs), "logical_cores",
+            "physical_cores"}, from the extension; empty without it.
         "memory": {"total", "available"} in bytes.
         "cuda": {"built", "archs", "runtime", "driver", "error", "devices"}; a device is {"index", "name", "capability",
         "total_memory" in bytes, "sm_count", "covered": {"ok", "message"}} and, after a probe,
@@ -161,6 +162,7 @@ def _extension(probe: bool) -> tuple[dict, dict, dict]:
     cpu = {
         "brand": module.cpu.brand(),
         "instruction_sets": module.cpu.instruction_sets(),
+        "kernel_levels": module.cpu.kernel_levels(),
         "logical_cores": cores["logical"],
         "physical_cores": cores["physical"],
     }
@@ -259,6 +261,7 @@ def _machine_rows(d: dict):
         rows += [
             (None, "processor", cpu["brand"] or "unknown"),
             (None, "instruction sets", " ".join(cpu["instruction_sets"]) or "none used here"),
+            (None, "kernels run at", cpu["kernel_levels"][-1]),
             (None, "cores", f"{cpu['physical_cores']} physical, {cpu['logical_cores']} logical"),
         ]
     memory = f"{_gib(d['memory']['total'])}, {_gib(d['memory']['available'])} available"

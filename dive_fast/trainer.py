@@ -18,7 +18,8 @@ from dive_fast.data.encoding import ReportEncoder
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
 from dive_fast.likelihood import batch_nll, batch_states
-from dive_fast.models.spec import lm_head_of, logit_softcap_of
+from dive_fast.models.recomputation import checkpoint_selectively
+from dive_fast.models.spec import decoder_of, lm_head_of, logit_softcap_of
 from dive_fast.prompt_store import PromptStore
 from dive_fast.supervision.settings import Supervision
 from dive_fast.supervision.teacher import TeacherRunner, TeacherTargets, disagreement_weights
@@ -43,6 +44,10 @@ class DiveTrainer(Trainer):
         teacher: TeacherRunner | None,
         **options,
     ):
+        names = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+        compilation = {name: getattr(args, name) for name in names}
+        for name in names:  # layers are compiled below, not the model as a whole
+            setattr(args, name, None)
         super().__init__(
             model=model,
             args=args,
@@ -51,6 +56,15 @@ class DiveTrainer(Trainer):
             data_collator=ReportCollator(encoder, supervision.weigher(), split=_steers_responses_alone(model)),
             **options,
         )
+        for name, value in compilation.items():
+            setattr(args, name, value)
+        if args.torch_compile:
+            # All layers share one graph. The model around them is left alone: its passes come in two forms, with hooks
+            # that are there for one pass only.
+            for layer in decoder_of(model.get_base_model()).layers:
+                layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        if getattr(args, "selective_checkpointing", False):
+            checkpoint_selectively(model.get_base_model())
         # Both say that compute_loss has normalised over the whole step already (the first for older releases).
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True

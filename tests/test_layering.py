@@ -26,7 +26,8 @@ ALLOWED = {
     "errors": set(),
     "lazy": set(),
     "native": set(),
-    "models": set(),
+    # what the processor is quick at decides a backbone's dtype
+    "models": {"native"},
     "ops": {"native"},
     "steering": {"models", "ops"},
     # the plan takes the adapter's weights and the positions they apply to; inputs may be records

