@@ -13,9 +13,9 @@ PROBLEMS = {
     "smoke": [Problem("tiny", 4, 0)],
     "laptop": [
         Problem("smollm2", 8, 0),
-        Problem("smollm2", 4, 512),
+        Problem("smollm2", 2, 512),
         Problem("smollm2", 8, 0, torch.bfloat16),
-        Problem("smollm2", 4, 512, torch.bfloat16),
+        Problem("smollm2", 2, 512, torch.bfloat16),
     ],
     "gpu": [Problem("mistral-7b", 8, prompt, torch.bfloat16, "cuda") for prompt in (600, 2000)],
 }

@@ -135,39 +135,29 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
         self.activation, self.normalize = activation, normalize
 
-    def forward(self, h: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
         x = h.float()
         n = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) if self.normalize else x
         a = self.down(n)
         push = self.up(a if self.activation is None else self.activation(a))
-        if mask is not None:
-            push = push * mask.unsqueeze(-1)
         return (x + push).to(h.dtype)
 
 
-def plain_hooks(model, encoder, *, scope: str = "all", activation=F.silu, normalize: bool = True):
+def plain_hooks(model, encoder, *, activation=F.silu, normalize: bool = True):
     """A forward hook on every layer, and the model's own loss over its own logits."""
     layers = decoder_of(model).layers
     adapters = nn.ModuleList(Bottleneck(model.config.hidden_size, activation, normalize) for _ in layers)
     adapters.to(next(model.parameters()).device)
-    mask = None
 
     def steer(adapter, layer, args, output):
         hidden = output[0] if isinstance(output, tuple) else output
-        steered = adapter(hidden, mask)
+        steered = adapter(hidden)
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
     for layer, adapter in zip(layers, adapters, strict=True):
         layer.register_forward_hook(partial(steer, adapter))
 
-    def loss(batch):
-        nonlocal mask
-        mask = None if scope == "all" else batch["targets"] != -100
-        return model(**_for_the_model(batch)).loss
-
-    holder = nn.Module()
-    holder.adapters = adapters
-    return loss, holder, ReportCollator(encoder)
+    return lambda batch: model(**_for_the_model(batch)).loss, adapters, ReportCollator(encoder)
 
 
 def lora(model, encoder):
@@ -186,7 +176,6 @@ IMPLEMENTATIONS = {
     "dive_fast scope response": partial(ours, scope="response"),
     "dive_fast scope response, prompts kept": partial(ours, scope="response", kept=True),
     "plain hooks": plain_hooks,
-    "plain hooks, response": partial(plain_hooks, scope="response"),
     "NodiReFT by hooks": partial(plain_hooks, activation=None, normalize=False),
     "PEFT LoRA q, v": lora,
 }

@@ -24,8 +24,8 @@ def test_final_states_times_the_head_are_the_logits(family):
     assert spec_of(base) is not None and logit_softcap_of(base) is None
 
 
-def test_the_models_own_head_is_kept_to_one_position():
+def test_the_models_own_head_is_kept_idle():
     model, batch, seen = tiny_model("llama"), text_batch(), []
     model.lm_head.register_forward_hook(lambda m, args, output: seen.append(output.shape))
     hidden_states(model, batch)
-    assert seen == [torch.Size([3, 1, 64])]
+    assert seen == [torch.Size([3, 0, 64])]

@@ -33,6 +33,35 @@ def step_logits(model, batch, steps=6, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_steering_inside_the_layer_equals_a_hook_around_the_layers_own_forward(family, monkeypatch):
+    """One forward for every described family, against each family's own."""
+    batch, found = text_batch(), []
+    for described in (True, False):
+        if not described:
+            monkeypatch.setattr("dive_fast.steering.model.spec_of", lambda model: None)
+        model = steered(family, dtype=torch.float64, scope="all").to(torch.float64)
+        logits = model(**batch).logits[batch["attention_mask"].bool()]
+        (logits * torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)).sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((logits.detach(), gradients, type(decoder_of(model.get_base_model()).layers[0])))
+    (inside, inside_gradients, inside_class), (around, around_gradients, own_class) = found
+    assert issubclass(inside_class, own_class) and inside_class is not own_class
+    assert inside_class.__name__ == own_class.__name__
+    torch.testing.assert_close(inside, around, rtol=1e-10, atol=1e-11)
+    assert inside_gradients.keys() == around_gradients.keys() and inside_gradients
+    for name, gradient in around_gradients.items():
+        torch.testing.assert_close(inside_gradients[name], gradient, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_unloading_gives_the_layers_their_class_back():
+    base = tiny_model("llama")
+    before = type(base.model.layers[0])
+    model = steered("llama", site="attention")
+    assert isinstance(decoder_of(model.get_base_model()).layers[0], before)
+    assert all(type(layer) is before for layer in decoder_of(model.unload()).layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["lowrank", "reft", "gated"])
 @pytest.mark.parametrize("site", ["block", "attention"])
 def test_fresh_adapter_is_an_exact_no_op(family, kind, site):

@@ -1,5 +1,6 @@
 #include "cpu/thread_pool.h"
 
+#include <dlfcn.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -95,11 +96,44 @@ Pool& pool() {
   return *instance;
 }
 
+// The entry point of OpenMP runtimes for a parallel region compiled by GCC (GNU's, LLVM's and Intel's have it).
+using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+const pid_t loaded_in = getpid();
+
+// Looked up in the process until it is there: torch may be imported after this library. Not for a forked child: GNU's
+// runtime would wait there for threads that stayed with the parent.
+OpenMpParallel openmp() {
+  if (getpid() != loaded_in) return nullptr;
+  static std::atomic<OpenMpParallel> found{nullptr};
+  OpenMpParallel entry = found.load(std::memory_order_acquire);
+  if (entry == nullptr) {
+    entry = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    found.store(entry, std::memory_order_release);
+  }
+  return entry;
+}
+
+struct Shared {
+  const std::function<void(int)>* task;
+  int threads;
+  std::atomic<int> next{0};
+};
+
+// A runtime may give fewer threads than it was asked for, so tasks are taken, not dealt.
+void take_tasks(void* data) {
+  Shared& shared = *static_cast<Shared*>(data);
+  for (int i = shared.next.fetch_add(1); i < shared.threads; i = shared.next.fetch_add(1)) (*shared.task)(i);
+}
+
 }  // namespace
 
 void parallel(int threads, const std::function<void(int)>& task) {
   if (threads <= 1) {
     task(0);
+  } else if (const OpenMpParallel run = openmp()) {
+    Shared shared{&task, threads};
+    run(take_tasks, &shared, static_cast<unsigned>(threads), 0);
   } else {
     pool().run(threads, task);
   }

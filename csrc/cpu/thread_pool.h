@@ -1,13 +1,14 @@
-// Threads that wait between kernels. They are this library's own, beside those of other runtimes in the process, and
-// asleep while no kernel runs, so that they take nothing from them.
+// Threads for kernels. In a process that has an OpenMP runtime (torch brings one) its threads do the work: they are awake
+// for a while after each of torch's own kernels, and threads beside them would have to wait for their cores. Elsewhere
+// they are this library's own, asleep while no kernel runs.
 #pragma once
 
 #include <functional>
 
 namespace dive::cpu {
 
-// Calls task(0) ... task(threads - 1), each once, at the same time, task(0) on the calling thread, and returns when all
-// have ended. Calls from several threads take turns. A task must not throw and must not call parallel() itself.
+// Calls task(0) ... task(threads - 1), each once, on up to `threads` threads, and returns when all have ended. Tasks must
+// not wait for each other, must not throw and must not call parallel() themselves.
 void parallel(int threads, const std::function<void(int)>& task);
 
 }  // namespace dive::cpu

@@ -24,7 +24,7 @@ def hidden_states(model: nn.Module, inputs: Mapping, *, layers: bool = False) ->
     """Run `model` on a processor's output and return the decoder's hidden states, with gradient where enabled.
 
     The model is called as a whole, through whatever wraps it (PEFT, data parallelism), so that vision towers and
-    gradient hooks do their work; its own head is kept to one position.
+    gradient hooks do their work; its own head gets no position.
     """
     decoder = decoder_of(unwrapped(model))
     states = HiddenStates()
@@ -38,11 +38,16 @@ def hidden_states(model: nn.Module, inputs: Mapping, *, layers: bool = False) ->
             for layer in decoder.layers
         ]
     try:
-        model(**inputs, use_cache=False, logits_to_keep=1)
+        model(**inputs, use_cache=False, logits_to_keep=no_positions(inputs))
     finally:
         for handle in handles:
             handle.remove()
     return states
+
+
+def no_positions(inputs: Mapping) -> torch.Tensor:
+    """For `logits_to_keep`: none. For a single position per row torch would copy the head for every row."""
+    return torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

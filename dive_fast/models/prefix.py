@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from dive_fast.models.hidden import HiddenStates, hidden_states, unwrapped
+from dive_fast.models.hidden import HiddenStates, hidden_states, no_positions, unwrapped
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ def run_prefix(model: nn.Module, inputs: Mapping) -> Prefix:
         # With images the model lays the positions out itself.
         has_images = any(name.endswith("grid_thw") for name in inputs)
         positions = None if has_images else positions.expand(3, *positions.shape)
-    unwrapped(model)(**inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    unwrapped(model)(
+        **inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=no_positions(inputs)
+    )
     deltas = None if owner is None else owner.rope_deltas
     return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), mask, deltas)
 
