@@ -75,5 +75,5 @@ def pytest_terminal_summary(terminalreporter, config):
     for record in compared:
         for other, ratio in record["ratios"].items():
             time = f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}, {ratio['rounds']} rounds)"
-            memory = f"memory {ratio['peak_memory']:.3f}"
+            memory = f"memory {ratio['peak_memory']:.3f}" if "peak_memory" in ratio else ""
             terminalreporter.write_line(f"{record['name']}  {record['implementation']} : {other}  {time}  {memory}")

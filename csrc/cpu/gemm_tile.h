@@ -62,11 +62,8 @@ template <int kCount, class F>
 template <class Words, int kRowStride, int kStep>
 inline void multiply_tile(const typename Words::Word* a, const typename Words::Word* b, std::int64_t depth, bool add,
                           float* c) {
-  vf sums[kTile][2];
-  unroll<kTile>([&](auto i) {
-    sums[i][0] = add ? load(c + i * kPanel) : vf{};
-    sums[i][1] = add ? load(c + i * kPanel + kLanes) : vf{};
-  });
+  // What c holds comes last: sums of blocks that are added up lose less than one running total over all of them.
+  vf sums[kTile][2] = {};
   for (std::int64_t k = 0; k < depth; ++k) {
     const auto left = Words::load(b);
     const auto right = Words::load(b + kLanes);
@@ -79,8 +76,8 @@ inline void multiply_tile(const typename Words::Word* a, const typename Words::W
     b += kPanel;
   }
   unroll<kTile>([&](auto i) {
-    store(c + i * kPanel, sums[i][0]);
-    store(c + i * kPanel + kLanes, sums[i][1]);
+    store(c + i * kPanel, add ? load(c + i * kPanel) + sums[i][0] : sums[i][0]);
+    store(c + i * kPanel + kLanes, add ? load(c + i * kPanel + kLanes) + sums[i][1] : sums[i][1]);
   });
 }
 
