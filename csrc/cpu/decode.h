@@ -1,0 +1,113 @@
+// The arithmetic of one decoding step for a small batch: projections, norms, rope, attention over a cache, activations.
+// Nothing here knows what a model is. B batch rows, K columns and N rows of a weight matrix, D hidden size, H heads,
+// G key/value heads, E head size, S cached positions.
+//
+// Every function that takes a Worker is called by all workers of a team with the same arguments; each does its share,
+// and worker.sync() must stand between a function that writes and one that reads what was written. A row's result
+// depends neither on the rows beside it nor on the number of workers, to the bit. Activations are float32.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+
+#include "cpu/dtype.h"
+#include "cpu/isa.h"
+
+namespace dive::cpu {
+
+// All workers wait here for the last one; spinning, because the phases of a step are microseconds long.
+class Barrier {
+ public:
+  explicit Barrier(int count) : count_(count) {}
+  void wait();
+
+ private:
+  const int count_;
+  std::atomic<int> arrived_{0};
+  std::atomic<unsigned> phase_{0};
+};
+
+struct Worker {
+  int index, count;
+  Isa isa;
+  Barrier* barrier;
+
+  void sync() const {
+    if (count > 1) barrier->wait();
+  }
+};
+
+// Runs body(worker) on `threads` threads within one parallel() call.
+void run_team(int threads, Isa isa, const std::function<void(const Worker&)>& body);
+
+struct Weight {
+  const void* data;          // [N][K]
+  DType dtype;               // of data, where scales is null
+  const float* scales;       // [N]: data is int8 and row n stands for data[n] * scales[n]; or null
+  std::int64_t rows, columns;
+  std::int64_t row_stride;   // in elements
+  const float* bias;         // [N] or null
+};
+
+// outputs[i][b][n] = sum over k of x[b][k] * weights[i][n][k] + bias[n]: `count` matrices over the same x, each read
+// once. x is [B][K], outputs[i] is [B][weights[i]->rows], all contiguous; 1 <= B <= 64.
+void project(const Worker& worker, const Weight* const* weights, int count, const float* x, int batch,
+             float* const* outputs);
+
+// Per row of the matrix: scales[n] = max |row| / 127, out[n][k] = round(row[k] / scales[n]); zeros where the row is zero.
+void quantize_int8(const Weight& weight, std::int8_t* out, float* scales, Isa isa, int threads);
+
+// out[i][d] = x[i][d] / sqrt(mean(x[i]^2) + eps) * weight[d]; i < rows. out may be x.
+void rms_norm(const Worker& worker, const float* x, const float* weight, float eps, std::int64_t rows,
+              std::int64_t size, float* out);
+
+// x[b][h] = x[b][h] * cos[b] + rotate_half(x[b][h]) * sin[b], rotate_half((x1, x2)) = (-x2, x1); x is [B][heads][E],
+// cos and sin are [B][E].
+void rope(const Worker& worker, float* x, const float* cos, const float* sin, int batch, int heads, int head_size);
+
+// One row's cache in one layer: [G][capacity][E] elements of the shape's dtype.
+struct CacheRow {
+  void* keys;
+  void* values;
+  std::int64_t head_stride;  // capacity * E
+  std::int64_t first;        // the first position attended to
+  std::int64_t length;       // positions held, the current one included
+};
+
+struct AttentionShape {
+  int heads, kv_heads, head_size;
+  DType cache_dtype;
+  float scale;    // of q . k
+  float softcap;  // c * tanh(score / c); 0: none
+};
+
+// Writes keys and values [B][G][E] at position length - 1 of every row's cache.
+void append_to_cache(const Worker& worker, const AttentionShape& shape, const float* keys, const float* values,
+                     const CacheRow* rows, int batch);
+
+// out[b][h] = sum over s in [first, length) of softmax(scale * q[b][h] . keys[s][h / (H / G)]) values[s]; q and out are
+// [B][H][E]. Each call may keep scratch of its own.
+void attention(const Worker& worker, const AttentionShape& shape, const float* q, const CacheRow* rows, int batch,
+               float* out);
+
+enum class GatedActivation { kSilu, kGeluTanh, kGelu };
+
+// out[i] = act(gate[i]) * up[i]; i < count. out may be gate.
+void gated_activation(const Worker& worker, GatedActivation activation, const float* gate, const float* up,
+                      std::int64_t count, float* out);
+
+// out[i] = a[i] + b[i]. out may be either.
+void add(const Worker& worker, const float* a, const float* b, std::int64_t count, float* out);
+
+// x[i] = cap * tanh(x[i] / cap).
+void softcap(const Worker& worker, float* x, std::int64_t count, float cap);
+
+// out[b] = embedding row tokens[b], widened, times scale.
+void embed(const Worker& worker, const Weight& embedding, const std::int64_t* tokens, int batch, float scale,
+           float* out);
+
+// found[b] = the first index of the largest of logits[b][0 .. vocabulary).
+void argmax(const Worker& worker, const float* logits, int batch, std::int64_t vocabulary, std::int64_t* found);
+
+}  // namespace dive::cpu
