@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -11,7 +13,11 @@
 #include "cpu/isa.h"
 #include "cpu/linear_cross_entropy.h"
 #include "cpu/steer.h"
+#include "cpu/step.h"
 #include "cuda/device.h"
+#include "engine/plan.h"
+#include "engine/sampler.h"
+#include "engine/session.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -170,6 +176,163 @@ void bind_linear_cross_entropy(py::module_ m) {
       "Fills the outputs that are not 0; see csrc/cpu/linear_cross_entropy.h.");
 }
 
+// (address, dtype, rows, columns, row stride, address of the bias, address of int8 scales)
+using WeightTuple = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t>;
+// (address, eps)
+using NormTuple = std::tuple<std::uintptr_t, float>;
+
+dive::cpu::Weight to_weight(const WeightTuple& tuple) {
+  const auto [address, dtype, rows, columns, stride, bias, scales] = tuple;
+  return {pointer<void>(address), static_cast<dive::cpu::DType>(dtype), pointer<float>(scales), rows, columns, stride,
+          pointer<float>(bias)};
+}
+
+dive::engine::Norm to_norm(const NormTuple& tuple) { return {pointer<float>(std::get<0>(tuple)), std::get<1>(tuple)}; }
+
+dive::engine::Layer to_layer(const py::dict& d) {
+  const auto weight = [&](const char* name) { return to_weight(d[name].cast<WeightTuple>()); };
+  const auto norm = [&](const char* name) { return to_norm(d[name].cast<NormTuple>()); };
+  return {norm("input"), norm("post_attention"), norm("mlp"), norm("post_mlp"), norm("q_norm"), norm("k_norm"),
+          weight("q"), weight("k"), weight("v"), weight("o"), weight("gate"), weight("up"), weight("down"),
+          d["rope"].cast<int>(), d["window"].cast<std::int64_t>()};
+}
+
+std::optional<dive::engine::Steering> to_steering(const py::object& object) {
+  if (object.is_none()) return std::nullopt;
+  const py::dict d = object;
+  dive::engine::Steering s;
+  s.rank = d["rank"].cast<std::int64_t>();
+  if (s.rank > 0) {
+    s.down = to_weight(d["down"].cast<WeightTuple>());
+    s.up = to_weight(d["up"].cast<WeightTuple>());
+  }
+  s.static_push = pointer<float>(d["static"].cast<std::uintptr_t>());
+  s.alpha = d["alpha"].cast<float>();
+  s.gate_direction = pointer<float>(d["gate_direction"].cast<std::uintptr_t>());
+  s.gate_offset = d["gate_offset"].cast<float>();
+  s.activation = static_cast<dive::cpu::Activation>(d["activation"].cast<int>());
+  s.normalize_input = d["normalize_input"].cast<bool>();
+  s.preserve_norm = d["preserve_norm"].cast<bool>();
+  return s;
+}
+
+dive::engine::Adapter to_adapter(const py::dict& d) {
+  dive::engine::Adapter adapter;
+  for (const py::handle site : d["attention"]) adapter.attention.push_back(to_steering(py::reinterpret_borrow<py::object>(site)));
+  for (const py::handle site : d["block"]) adapter.block.push_back(to_steering(py::reinterpret_borrow<py::object>(site)));
+  return adapter;
+}
+
+std::shared_ptr<dive::engine::Plan> to_plan(const py::dict& d) {
+  auto plan = std::make_shared<dive::engine::Plan>();
+  plan->hidden_size = d["hidden_size"].cast<std::int64_t>();
+  plan->intermediate_size = d["intermediate_size"].cast<std::int64_t>();
+  plan->vocabulary = d["vocabulary"].cast<std::int64_t>();
+  plan->heads = d["heads"].cast<int>();
+  plan->kv_heads = d["kv_heads"].cast<int>();
+  plan->head_size = d["head_size"].cast<int>();
+  plan->attention_scale = d["attention_scale"].cast<float>();
+  plan->attention_softcap = d["attention_softcap"].cast<float>();
+  plan->logit_softcap = d["logit_softcap"].cast<float>();
+  plan->activation = static_cast<dive::cpu::GatedActivation>(d["activation"].cast<int>());
+  plan->cache_dtype = static_cast<dive::cpu::DType>(d["cache_dtype"].cast<int>());
+  plan->embedding = to_weight(d["embedding"].cast<WeightTuple>());
+  plan->embedding_scale = d["embedding_scale"].cast<float>();
+  for (const auto& [frequency, scaling] : d["ropes"].cast<std::vector<std::tuple<std::vector<float>, float>>>()) {
+    plan->ropes.push_back({frequency, scaling});
+  }
+  for (const py::handle layer : d["layers"]) plan->layers.push_back(to_layer(py::reinterpret_borrow<py::dict>(layer)));
+  plan->final_norm = to_norm(d["final_norm"].cast<NormTuple>());
+  plan->head = to_weight(d["head"].cast<WeightTuple>());
+  for (const py::handle a : d["adapters"]) plan->adapters.push_back(to_adapter(py::reinterpret_borrow<py::dict>(a)));
+  return plan;
+}
+
+// Session with what it stands on.
+struct BoundSession {
+  std::shared_ptr<dive::engine::Plan> plan;
+  dive::engine::Session session;
+};
+
+void bind_engine(py::module_ m) {
+  using namespace dive::engine;
+  using Address = std::uintptr_t;
+  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan", "What a decoder is; see csrc/engine/plan.h.").def(py::init(&to_plan));
+  py::class_<BoundSession>(m, "Session", "The decoding loop; see csrc/engine/session.h.")
+      .def(py::init([](std::shared_ptr<Plan> plan, int max_rows, int threads, const std::string& isa) {
+             auto stepper = dive::cpu::make_stepper(*plan, max_rows, threads, dive::cpu::isa_from_name(isa));
+             return new BoundSession{plan, Session(*plan, std::move(stepper), max_rows)};
+           }),
+           py::kw_only(), "plan"_a, "max_rows"_a, "threads"_a, "isa"_a)
+      .def(
+          "submit",
+          [](BoundSession& self, std::vector<std::int64_t> prompt, std::int64_t prefilled, std::int64_t rope_offset,
+             std::vector<int> adapters, float temperature, std::int64_t top_k, float top_p, float min_p,
+             float repetition_penalty, std::uint64_t seed, std::uint64_t stream, std::vector<std::int64_t> eos,
+             std::int64_t min_new_tokens, std::int64_t max_new_tokens, bool log_probs, std::vector<std::int64_t> forced,
+             Address forced_logits,
+             const std::vector<std::tuple<Address, Address, std::int64_t, std::int64_t, std::int64_t, std::int64_t>>&
+                 layers) {
+            Request request{std::move(prompt), prefilled, rope_offset, std::move(adapters),
+                            {temperature, top_k, top_p, min_p, repetition_penalty, seed, stream}, std::move(eos),
+                            min_new_tokens, max_new_tokens, log_probs, std::move(forced), pointer<float>(forced_logits)};
+            std::vector<PrefilledLayer> found;
+            for (const auto& [keys, values, keys_head, keys_position, values_head, values_position] : layers) {
+              found.push_back({pointer<void>(keys), pointer<void>(values), keys_head, keys_position, values_head,
+                               values_position});
+            }
+            const py::gil_scoped_release release;
+            return self.session.submit(std::move(request), found);
+          },
+          py::kw_only(), "prompt"_a, "prefilled"_a, "rope_offset"_a, "adapters"_a, "temperature"_a, "top_k"_a,
+          "top_p"_a, "min_p"_a, "repetition_penalty"_a, "seed"_a, "stream"_a, "eos"_a, "min_new_tokens"_a,
+          "max_new_tokens"_a, "log_probs"_a, "forced"_a, "forced_logits"_a, "layers"_a)
+      .def(
+          "run",
+          [](BoundSession& self, const py::object& on_token, int until_free) {
+            Session::Callbacks callbacks;
+            if (!on_token.is_none()) {
+              callbacks.token = [&](std::int64_t request, std::int64_t token) {
+                const py::gil_scoped_acquire acquire;
+                on_token(request, token);
+              };
+            }
+            callbacks.poll = [] {
+              const py::gil_scoped_acquire acquire;
+              if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+            };
+            const py::gil_scoped_release release;
+            self.session.run(callbacks, until_free);
+          },
+          py::kw_only(), "on_token"_a, "until_free"_a)
+      .def("cancel", [](BoundSession& self) { self.session.cancel(); })
+      .def("take",
+           [](BoundSession& self, std::int64_t request) {
+             Result result = self.session.take(request);
+             const char* names[] = {"unfinished", "eos", "length", "cancelled"};
+             return py::make_tuple(result.tokens, result.log_probs, names[static_cast<int>(result.finish)]);
+           })
+      .def_property_readonly("steps", [](const BoundSession& self) { return self.session.steps(); })
+      .def_property_readonly("rows_run", [](const BoundSession& self) { return self.session.rows_run(); });
+  m.def(
+      "sample",
+      [](Address logits, std::int64_t vocabulary, float temperature, std::int64_t top_k, float top_p, float min_p,
+         std::uint64_t seed, std::uint64_t stream, std::int64_t draws) {
+        std::vector<std::int64_t> tokens(draws);
+        const py::gil_scoped_release release;
+        std::vector<float> copy;
+        for (std::int64_t i = 0; i < draws; ++i) {
+          copy.assign(pointer<float>(logits), pointer<float>(logits) + vocabulary);
+          const Sampling sampling{temperature, top_k, top_p, min_p, 1.0f, seed, stream};
+          tokens[i] = choose(sampling, copy.data(), vocabulary, {}, {}, i, false).token;
+        }
+        return tokens;
+      },
+      py::kw_only(), "logits"_a, "vocabulary"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "seed"_a,
+      "stream"_a, "draws"_a, "Tokens that steps 0 ... draws - 1 of a stream would draw from the same logits [V].");
+  m.def("uniform", &uniform, "seed"_a, "stream"_a, "step"_a, "The number in [0, 1) that a step of a stream draws.");
+}
+
 void bind_cuda(py::module_ m) {
   m.def("built", &dive::cuda::built, "Whether this build holds CUDA code.");
   m.def("built_archs", &dive::cuda::built_archs, "Architectures it was compiled for, such as '90a'.");
@@ -216,5 +379,6 @@ PYBIND11_MODULE(_native, m) {
   bind_cpu(cpu);
   bind_linear_cross_entropy(cpu);
   bind_steer(cpu);
+  bind_engine(m.def_submodule("engine", "Decoding: a plan, its requests, their tokens."));
   bind_cuda(m.def_submodule("cuda", "CUDA devices and this build's code for them."));
 }

@@ -119,6 +119,10 @@ class DiveLayer(nn.Module, BaseTunerLayer):
             handle = layer.register_forward_hook(self._steer_output, with_kwargs=True, prepend=True)
             self._handles[site] = [handle]
 
+    def hook_handles(self) -> list:
+        """Handles of the hooks in the layer."""
+        return [handle for handles in self._handles.values() for handle in handles if hasattr(handle, "id")]
+
     def remove_hooks(self) -> None:
         """Give the decoder layer back as it was."""
         for handles in self._handles.values():
@@ -166,15 +170,17 @@ class DiveLayer(nn.Module, BaseTunerLayer):
         return [(name, None) for name in self.active_adapters if name in self.configs]
 
     def _steer_by(self, name: str, residual, update, mask) -> torch.Tensor:
+        return ops.steer(residual, update, mask=mask, norm_eps=self.norm_eps, **self.computation(name))
+
+    def computation(self, name: str) -> dict:
+        """An adapter's arguments of `dive_fast.ops.steer`; not for kind "heads", which is no push on the stream."""
         config = self.configs[name]
         options = {
             "static": self._get("dive_static", name),
             "alpha": self._get("dive_alpha", name, config.alpha),
             "activation": config.activation,
-            "mask": mask,
             "normalize_input": config.normalize_input,
             "preserve_norm": config.preserve_norm,
-            "norm_eps": self.norm_eps,
         }
         if config.kind == "lowrank":
             options |= {"down": self.dive_down[name], "up": self.dive_up[name], "bias": self.dive_bias[name]}
@@ -184,7 +190,7 @@ class DiveLayer(nn.Module, BaseTunerLayer):
             options |= {"down": down, "up": basis.T, "bias": self.dive_bias[name]}
         elif config.kind == "gated":
             options["gate"] = (self.dive_gate[name], self.dive_gate_bias[name])
-        return ops.steer(residual, update, **options)
+        return options
 
     def _get(self, group: str, name: str, default=None):
         parameters = getattr(self, group)

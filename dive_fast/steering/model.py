@@ -130,11 +130,29 @@ class DiveModel(BaseTuner):
         prompt = kwargs.get("inputs_embeds") if prompt is None else prompt
         if prompt is None:
             raise InputError("generate: give the prompt as input_ids (or inputs_embeds)")
-        self._generation = Generation(prompt.shape[1], kwargs.get("attention_mask"))
-        try:
+        with self.generating(prompt.shape[1], kwargs.get("attention_mask")):
             return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def generating(self, prompt_length: int, prompt_mask: torch.Tensor | None):
+        """Passes within are parts of one generation: of a prompt of that many columns, and of what follows it."""
+        self._generation = Generation(prompt_length, prompt_mask)
+        try:
+            yield
         finally:
             self._generation = None
+
+    @contextmanager
+    def rows_steered_by(self, adapter_names):
+        """Each batch row's adapter for the passes within, as `adapter_names` of a call; None: the active ones."""
+        with self._enable_peft_forward_hooks(adapter_names=adapter_names):
+            yield
+
+    def hook_handles(self) -> list:
+        """Handles of every hook that steering has put into the model."""
+        layers = [layer.get_submodule(STEERING_NAME) for layer in decoder_of(self.model).layers
+                  if hasattr(layer, STEERING_NAME)]
+        return [*self._decoder_handles, *(handle for layer in layers for handle in layer.hook_handles())]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -154,7 +172,7 @@ class DiveModel(BaseTuner):
 
     def _begin_pass(self, decoder, args, kwargs):
         """In front of the decoder: work out the steered positions of this pass and send them along."""
-        acting = self._acting_adapters()
+        acting = self.acting_adapters()
         if not acting:
             return None
         tokens = kwargs.get("inputs_embeds")
@@ -190,7 +208,8 @@ class DiveModel(BaseTuner):
         finally:
             self._steers = before
 
-    def _acting_adapters(self) -> list[str]:
+    def acting_adapters(self) -> list[str]:
+        """The adapters of a pass made now, in the order in which they act."""
         if not self._steers:
             return []
         layers = decoder_of(self.model).layers

@@ -1,0 +1,292 @@
+"""From a transformers model, steered or not, to the plan of a decoder that the compiled engine runs.
+
+Weights go by pointer and are not copied; only vectors (norms, biases) that are not float32 are. What the engine cannot
+run exactly as transformers does is refused with a reason.
+
+D hidden size, V vocabulary, H heads, G key/value heads, E head size, R adapter rank.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from dive_fast.models.hidden import unwrapped
+from dive_fast.models.spec import decoder_of, spec_of, text_config_of
+from dive_fast.steering import DiveModel
+
+# In the order of the enumerations in csrc/cpu.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GATED_ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
+ACTIVATIONS = ("silu", "identity", "relu", "gelu", "tanh")
+# Their frequencies are the same for every sequence length.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+_NO_WEIGHT = (0, 0, 0, 0, 0, 0, 0)
+_NO_NORM = (0, 0.0)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a decoder family does beyond its `DecoderSpec`.
+
+    Attributes:
+        decoder: the class of the decoder; a subclass may compute something else.
+        norm: the class of every norm.
+        norm_offset: norms multiply by (1 + w).
+        window_from_config: the sliding window is the configuration's, in every layer, and not the attention's own.
+    """
+
+    decoder: str
+    norm: str
+    norm_offset: float = 0.0
+    window_from_config: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaModel", "LlamaRMSNorm"),
+    "mistral": Family("MistralModel", "MistralRMSNorm", window_from_config=True),
+    "qwen2": Family("Qwen2Model", "Qwen2RMSNorm"),
+    "qwen3": Family("Qwen3Model", "Qwen3RMSNorm"),
+    "qwen2_5_vl_text": Family("Qwen2_5_VLTextModel", "Qwen2_5_VLRMSNorm"),
+    "gemma3_text": Family("Gemma3TextModel", "Gemma3RMSNorm", norm_offset=1.0),
+}
+"""Text `model_type` -> what the engine must know of it."""
+
+
+class Unsupported(Exception):
+    """The engine cannot run this model or call; the message says why."""
+
+
+@dataclass
+class Plan:
+    """A decoder for the engine.
+
+    Attributes:
+        values: the arguments of the extension's `engine.Plan`.
+        kept: every tensor that `values` points into.
+        cache_dtype: of keys and values.
+        adapter_index: adapter name -> its place in the plan.
+    """
+
+    values: dict
+    kept: list[torch.Tensor]
+    cache_dtype: torch.dtype
+    adapter_index: dict[str, int] = field(default_factory=dict)
+
+
+def build_plan(model: nn.Module, adapters: tuple[str, ...] = ()) -> Plan:
+    """The plan of `model`'s decoder and the named steering adapters.
+
+    Raises:
+        Unsupported: the family is unknown, something was changed in the model that the engine would not see (hooks,
+            replaced layers, quantised or adapted matrices), or an adapter is of kind "heads".
+    """
+    base = unwrapped(model)
+    text = text_config_of(base)
+    family = FAMILIES.get(text.model_type)
+    if family is None:
+        raise Unsupported(f"the family {text.model_type!r} is unknown to it; it knows {', '.join(FAMILIES)}")
+    decoder = decoder_of(base)
+    _expect_class(decoder, family.decoder)
+    builder = _Builder(base, decoder, text, family)
+    values = builder.model()
+    dive = dive_model_of(model)
+    _refuse_hooks(base, dive)
+    values["adapters"] = [builder.adapter(dive, name) for name in adapters]
+    return Plan(values, builder.kept, builder.cache_dtype, {name: i for i, name in enumerate(adapters)})
+
+
+def dive_model_of(model: nn.Module) -> DiveModel | None:
+    """The steering tuner inside `model`, None without one.
+
+    Raises:
+        Unsupported: `model` carries adapters of another PEFT method.
+    """
+    if not hasattr(model, "peft_config"):
+        return None
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, DiveModel):
+        raise Unsupported("the model carries adapters of another PEFT method, which it does not run")
+    return tuner
+
+
+class _Builder:
+    def __init__(self, base, decoder, text, family: Family):
+        self.base, self.decoder, self.text, self.family = base, decoder, text, family
+        self.spec = spec_of(base)
+        self.kept: list[torch.Tensor] = []
+        self.ropes: list[tuple[list[float], float]] = []
+        self.rope_index: dict[str | None, int] = {}
+        attention = getattr(decoder.layers[0], self.spec.attention)
+        self.hidden_size, self.head_size = text.hidden_size, attention.head_dim
+        self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
+        self.cache_dtype = attention.k_proj.weight.dtype
+
+    def model(self) -> dict:
+        text = self.text
+        activation = getattr(text, "hidden_activation", None) or text.hidden_act
+        if activation not in GATED_ACTIVATIONS:
+            raise Unsupported(f"the activation {activation!r} is unknown to it")
+        if getattr(text, "use_bidirectional_attention", False) or getattr(text, "attn_logit_softcapping", None):
+            raise Unsupported("bidirectional attention and capped attention scores are unknown to it")
+        if self.heads % self.kv_heads or self.head_size % 2:
+            raise Unsupported(f"{self.heads} heads of {self.head_size} on {self.kv_heads} key/value heads")
+        embedding, head = self.base.get_input_embeddings(), self.base.get_output_embeddings()
+        _expect_class(embedding, "Embedding", "Gemma3TextScaledWordEmbedding")
+        _expect_class(head, "Linear")
+        scale = getattr(embedding, "embed_scale", None)
+        capped = type(self.base).__name__ == "Gemma3ForCausalLM" and text.final_logit_softcapping
+        layers = [self.layer(i, layer) for i, layer in enumerate(self.decoder.layers)]
+        return {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": text.intermediate_size,
+            "vocabulary": head.weight.shape[0],
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_size": self.head_size,
+            "attention_scale": getattr(self.decoder.layers[0], self.spec.attention).scaling,
+            "attention_softcap": 0.0,
+            "logit_softcap": float(capped or 0.0),
+            "activation": GATED_ACTIVATIONS.index(activation),
+            "cache_dtype": DTYPES.index(self.cache_dtype),
+            "embedding": self.weight(embedding.weight, None, (None, self.hidden_size), "the embedding"),
+            "embedding_scale": 1.0 if scale is None else float(scale.to(embedding.weight.dtype)),
+            "ropes": self.ropes,
+            "layers": layers,
+            "final_norm": self.norm(self.decoder.norm, self.hidden_size),
+            "head": self.linear(head, (None, self.hidden_size), "the head"),
+        }
+
+    def layer(self, index: int, layer: nn.Module) -> dict:
+        spec, attention, mlp = self.spec, getattr(layer, self.spec.attention), getattr(layer, self.spec.mlp)
+        hidden, inner = self.hidden_size, self.text.intermediate_size
+        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
+        where = f"layer {index}"
+        window = self.text.sliding_window if self.family.window_from_config else getattr(
+            attention, "sliding_window", None
+        )
+
+        def norm(name: str, own: str, size: int):
+            return self.norm(getattr(layer, name), size) if name != own else _NO_NORM
+
+        def head_norm(name: str):
+            return self.norm(getattr(attention, name), self.head_size) if hasattr(attention, name) else _NO_NORM
+
+        return {
+            "input": self.norm(getattr(layer, spec.input_norm), hidden),
+            "post_attention": norm(spec.attention_output, spec.attention, hidden),
+            "mlp": self.norm(getattr(layer, spec.mlp_norm), hidden),
+            "post_mlp": norm(spec.mlp_output, spec.mlp, hidden),
+            "q_norm": head_norm("q_norm"),
+            "k_norm": head_norm("k_norm"),
+            "q": self.linear(attention.q_proj, (queries, hidden), where),
+            "k": self.linear(attention.k_proj, (keys, hidden), where),
+            "v": self.linear(attention.v_proj, (keys, hidden), where),
+            "o": self.linear(attention.o_proj, (hidden, queries), where),
+            "gate": self.linear(mlp.gate_proj, (inner, hidden), where),
+            "up": self.linear(mlp.up_proj, (inner, hidden), where),
+            "down": self.linear(mlp.down_proj, (hidden, inner), where),
+            "rope": self.rope(getattr(attention, "layer_type", None)),
+            "window": int(window or 0),
+        }
+
+    def rope(self, layer_type: str | None) -> int:
+        """The place in `ropes` of a layer type's frequencies."""
+        rotary = self.decoder.rotary_emb
+        prefix = f"{layer_type}_" if hasattr(rotary, f"{layer_type}_inv_freq") else ""
+        if prefix not in self.rope_index:
+            kind = rotary.rope_type[layer_type] if prefix else rotary.rope_type
+            if kind not in ROPE_TYPES:
+                raise Unsupported(f"rope type {kind!r} is unknown to it")
+            frequencies = getattr(rotary, f"{prefix}inv_freq")
+            if frequencies.numel() * 2 != self.head_size:
+                raise Unsupported("rope turns a part of each head only")
+            self.rope_index[prefix] = len(self.ropes)
+            self.ropes.append((frequencies.float().tolist(), float(getattr(rotary, f"{prefix}attention_scaling"))))
+        return self.rope_index[prefix]
+
+    def norm(self, norm: nn.Module, size: int) -> tuple:
+        _expect_class(norm, self.family.norm)
+        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+        weight = norm.weight.detach()
+        if tuple(weight.shape) != (size,):
+            raise Unsupported(f"a norm has {tuple(weight.shape)} weights, expected {size}")
+        return self.vector(weight.float() + self.family.norm_offset if self.family.norm_offset else weight), float(eps)
+
+    def linear(self, linear: nn.Module, shape: tuple, where: str) -> tuple:
+        _expect_class(linear, "Linear")
+        return self.weight(linear.weight, linear.bias, shape, where)
+
+    def weight(self, weight: torch.Tensor, bias, shape: tuple, where: str) -> tuple:
+        """(address, dtype, rows, columns, row stride, bias, scales) of a matrix, in place."""
+        weight = weight.detach()
+        if weight.device.type != "cpu":
+            raise Unsupported(f"{where} lies on {weight.device}; it runs on the CPU")
+        if weight.dtype not in DTYPES:
+            raise Unsupported(f"{where} holds {weight.dtype}; it takes float32, bfloat16 and float16")
+        if type(weight.data) is not torch.Tensor or weight.layout != torch.strided:
+            raise Unsupported(f"{where} holds a {type(weight.data).__name__}, not a plain tensor")
+        rows, columns = (weight.shape[i] if n is None else n for i, n in enumerate(shape))
+        if tuple(weight.shape) != (rows, columns) or weight.stride(1) != 1:
+            raise Unsupported(f"{where} has a matrix of {tuple(weight.shape)}, expected {(rows, columns)}, row by row")
+        if bias is not None and tuple(bias.shape) != (rows,):
+            raise Unsupported(f"{where} has a bias of {tuple(bias.shape)}, expected {rows}")
+        self.kept.append(weight)
+        address = 0 if bias is None else self.vector(bias)
+        return weight.data_ptr(), DTYPES.index(weight.dtype), rows, columns, weight.stride(0), address, 0
+
+    def vector(self, values: torch.Tensor) -> int:
+        """The address of float32 numbers, kept alive."""
+        values = values.detach().to("cpu", torch.float32).contiguous()
+        self.kept.append(values)
+        return values.data_ptr()
+
+    def adapter(self, dive: DiveModel, name: str) -> dict:
+        if dive.peft_config[name].kind == "heads":
+            raise Unsupported(f"adapter {name!r} is of kind 'heads', which steers inside the attention")
+        sites = {"attention": [], "block": []}
+        for layer in self.decoder.layers:
+            steering = getattr(layer, "steering", None)
+            acts = steering is not None and name in steering.configs
+            for site, found in sites.items():
+                here = acts and steering.configs[name].site == site
+                found.append(self.steering(steering.computation(name)) if here else None)
+        return sites
+
+    def steering(self, parts: dict) -> dict:
+        down, up, gate = parts.get("down"), parts.get("up"), parts.get("gate")
+        rank, hidden = 0 if down is None else down.shape[0], self.hidden_size
+        matrices = {"down": _NO_WEIGHT, "up": _NO_WEIGHT}
+        if rank:
+            down, up = (x.detach().to("cpu", torch.float32).contiguous() for x in (down, up))
+            matrices["down"] = self.weight(down, parts["bias"], (rank, hidden), "an adapter")
+            matrices["up"] = self.weight(up, None, (hidden, rank), "an adapter")
+        static = parts["static"]
+        return matrices | {
+            "rank": rank,
+            "static": 0 if static is None else self.vector(static),
+            "alpha": float(parts["alpha"]),
+            "gate_direction": 0 if gate is None else self.vector(gate[0]),
+            "gate_offset": 0.0 if gate is None else float(gate[1]),
+            "activation": ACTIVATIONS.index(parts["activation"]),
+            "normalize_input": parts["normalize_input"],
+            "preserve_norm": parts["preserve_norm"],
+        }
+
+
+def _expect_class(module: nn.Module, *names: str) -> None:
+    """The module is transformers' or torch's own of that name, with its own forward."""
+    cls = type(module)
+    own = cls.__module__.startswith(("transformers.", "torch.nn."))
+    if cls.__name__ not in names or not own or "forward" in vars(module):
+        raise Unsupported(f"the model has a {cls.__module__}.{cls.__name__} where it expects {' or '.join(names)}")
+
+
+def _refuse_hooks(base: nn.Module, dive: DiveModel | None) -> None:
+    """Whatever hooks do, the engine would pass them by."""
+    ours = set() if dive is None else {handle.id for handle in dive.hook_handles()}
+    for name, module in base.named_modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks)
+        if any(key not in ours for hook in hooks for key in hook):
+            raise Unsupported(f"{name or 'the model'} has forward hooks, which it would pass by")
