@@ -52,7 +52,7 @@ def test_greedy_rows_equal_uncached_single_row_decoding():
     out = dive_fast.generate(model, PROMPTS, processor=tokenizer, max_new_tokens=12, batch_size=2)
     assert [s.tolist() for s in out.sequences] == [reference(model, tokenizer, p, 12) for p in PROMPTS]
     assert out.texts == tokenizer.batch_decode(out.sequences, skip_special_tokens=True)
-    assert out.stats["engine"] == "transformers" and out.stats["rows"] == 3
+    assert out.stats["engine"] == "native" and out.stats["rows"] == 3
     assert out.stats["new_tokens"] == sum(len(s) for s in out.sequences)
 
 
@@ -153,7 +153,8 @@ def test_generation_runs_on_films_and_keeps_the_rows_apart():
         (PROMPTS, {"seed": 10**30}, "seed: expected a whole number from 0"),
         (PROMPTS, {"adapter_names": ["default", "nobody", "__base__"]}, "no adapter 'nobody'; there are"),
         ({"attention_mask": 1}, {}, "needs input_ids"),
-        (PROMPTS, {"engine": "native"}, "engine: expected None or 'transformers', got 'native'"),
+        (PROMPTS, {"engine": "fast"}, "engine: expected None or 'native', 'transformers', got 'fast'"),
+        (PROMPTS, {"min_p": 2, "temperature": 1.0}, "min_p: expected a number in"),
         (PROMPTS, {"max_new_tokens": 0}, "max_new_tokens: expected a whole number >= 1"),
         (PROMPTS, {"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens: 9 is more"),
         (PROMPTS, {"temperature": -1}, "temperature"),

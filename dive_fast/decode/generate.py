@@ -1,11 +1,11 @@
-"""`dive_fast.generate`: reports from prompts, through transformers' `generate` with the steering inside.
+"""`dive_fast.generate`: reports from prompts, by the compiled engine or by transformers' `generate`.
 
 B batch rows, T prompt tokens.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,10 +13,14 @@ from torch import nn
 from dive_fast.data import to_records
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.data.record import Record
+from dive_fast.decode.hf import run_batch, transformers_options
+from dive_fast.decode.native import NativeDecoder, Sampling
+from dive_fast.decode.plan import Unsupported
 from dive_fast.errors import InputError
+from dive_fast.models.hidden import unwrapped
 from dive_fast.models.spec import text_config_of
 
-ENGINES = ("transformers",)
+ENGINES = ("native", "transformers")
 
 
 @dataclass
@@ -27,8 +31,8 @@ class GenerateOutput:
         sequences: 1-D int64 tensors on the CPU: the new tokens only, no padding, EOS included where it was produced.
         texts: the decoded sequences without special tokens; None without a processor.
         finish_reasons: "eos", or "length" where `max_new_tokens` ended the row.
-        stats: engine, rows, prompt_tokens, new_tokens, seconds, tokens_per_second (new tokens over wall time,
-            prefill included).
+        stats: engine ("native" or "transformers"), rows, prompt_tokens, new_tokens, seconds, tokens_per_second (new
+            tokens over wall time, prefill included); not_native: why engine=None did not take the native one.
     """
 
     sequences: list[torch.Tensor]
@@ -49,6 +53,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     streamer=None,
@@ -63,25 +68,29 @@ def generate(
             list of records, or of prompts as plain text, which go through the chat template; one of either also alone.
         processor: needed for records and prompts, and for `texts`; a model of `dive_fast.load(name, ...)` has its own.
         max_new_tokens, min_new_tokens: bounds on the new tokens, EOS included.
-        engine: None (the best that applies) or "transformers".
+        engine: "native" (the compiled engine: CPU, the decoder families it knows), "transformers" (anything), or None:
+            the first where it applies, else the second.
         adapter_names: one adapter name per row, "__base__" for none (PEFT's convention).
         temperature: 0 is greedy; otherwise the softmax temperature of sampling.
-        top_k, top_p: keep the k most likely tokens (0: all), the smallest set with probability >= p; sampling only.
+        top_k, top_p, min_p: keep the k most likely tokens (0: all); the fewest that reach probability top_p; those with
+            at least min_p times the probability of the likeliest. Sampling only, in this order.
         repetition_penalty: > 0; 1 changes nothing.
-        seed: of the sampling; None draws on.
+        seed: of the sampling; None draws on. With the native engine a row's draws depend on the seed and its place
+            among the inputs alone, so not on batch_size.
         streamer: a transformers streamer, for a single row.
         batch_size: rows run together where records or prompts are given.
         demonstrations: per row, the demonstrations in its context (the k-shot teacher).
 
     Raises:
         InputError: an argument out of range; a prompt that leaves no room for `max_new_tokens` in the model's context;
-            prompts without a processor.
+            prompts without a processor; engine="native" for what that engine cannot run, with the reason.
     """
     if engine not in (None, *ENGINES):
         raise InputError(f"engine: expected None or {', '.join(map(repr, ENGINES))}, got {engine!r}")
-    options = _options(max_new_tokens, min_new_tokens, temperature, top_k, top_p, repetition_penalty)
+    _check_options(max_new_tokens, min_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     processor = getattr(model, "processor", None) if processor is None else processor
-    context = text_config_of(_base(model)).max_position_embeddings
+    context = text_config_of(unwrapped(model)).max_position_embeddings
     encoder = None if processor is None else ReportEncoder(processor, context_length=context)
     batches, order = _batches(inputs, encoder, batch_size, demonstrations)
     rows = len(order)
@@ -94,41 +103,124 @@ def generate(
     if seed is not None:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise InputError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")
-        torch.manual_seed(seed)
-    eos = _eos_ids(model, encoder)
+    call = _Call(model, encoder, sampling, min_new_tokens, max_new_tokens, context, adapter_names, streamer, order)
     was_training = model.training
     model.eval()
-    start, found, prompt_tokens, done = time.perf_counter(), [], 0, 0
+    start = time.perf_counter()
     try:
-        for batch in batches:
-            count = batch["input_ids"].shape[0]
-            names = None if adapter_names is None else [adapter_names[i] for i in order[done : done + count]]
-            prompt_tokens += _check_room(batch, context, max_new_tokens)
-            found += _run(model, batch, options, eos, names, streamer, encoder)
-            done += count
+        decoder, reason = _native_decoder(engine, call, inputs)
+        call.seed(seed)
+        if decoder is None:
+            found = _by_transformers(call, batches)
+        else:
+            found = _by_engine(call, decoder, batches, rows if isinstance(inputs, Mapping) else batch_size)
     finally:
         model.train(was_training)
     seconds = time.perf_counter() - start
-    sequences: list[torch.Tensor] = [torch.empty(0, dtype=torch.long)] * rows
-    for position, sequence in zip(order, found, strict=True):
-        sequences[position] = sequence
+    sequences = [found[row] for row in range(rows)]
     new_tokens = sum(len(s) for s in sequences)
+    stats = {
+        "engine": "transformers" if decoder is None else "native",
+        "rows": rows,
+        "prompt_tokens": call.prompt_tokens,
+        "new_tokens": new_tokens,
+        "seconds": seconds,
+        "tokens_per_second": new_tokens / seconds,
+    }
     return GenerateOutput(
         sequences,
         None if encoder is None else encoder.tokenizer.batch_decode(sequences, skip_special_tokens=True),
-        ["eos" if len(s) and int(s[-1]) in eos else "length" for s in sequences],
-        {
-            "engine": "transformers",
-            "rows": rows,
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            "seconds": seconds,
-            "tokens_per_second": new_tokens / seconds,
-        },
+        ["eos" if len(s) and int(s[-1]) in call.eos else "length" for s in sequences],
+        stats if reason is None else stats | {"not_native": reason},
     )
 
 
-def _options(max_new_tokens, min_new_tokens, temperature, top_k, top_p, repetition_penalty) -> dict:
+class _Call:
+    """One call of `generate`, after its arguments were checked."""
+
+    def __init__(
+        self, model, encoder, sampling, min_new_tokens, max_new_tokens, context, adapter_names, streamer, order
+    ):
+        self.model, self.encoder, self.sampling = model, encoder, sampling
+        self.min_new_tokens, self.max_new_tokens, self.context = min_new_tokens, max_new_tokens, context
+        self.adapter_names, self.streamer, self.order = adapter_names, streamer, order
+        self.eos = _eos_ids(model, encoder)
+        self.prompt_tokens = 0
+
+    def seed(self, seed: int | None) -> None:
+        """Without a seed the draws follow torch's generator, as everything random in a torch program does."""
+        if seed is not None:
+            torch.manual_seed(seed)
+        elif self.sampling.temperature > 0:
+            seed = int(torch.randint(2**63 - 1, ()))
+        self.sampling = replace(self.sampling, seed=seed or 0)
+
+    def batches(self, batches):
+        """(batch, its rows' positions among the inputs, their adapter names), each checked for room."""
+        done = 0
+        for batch in batches:
+            rows = self.order[done : done + batch["input_ids"].shape[0]]
+            done += len(rows)
+            self.prompt_tokens += _check_room(batch, self.context, self.max_new_tokens)
+            names = None if self.adapter_names is None else [self.adapter_names[row] for row in rows]
+            yield batch, rows, names
+
+
+def _native_decoder(engine: str | None, call: _Call, inputs) -> tuple[NativeDecoder | None, str | None]:
+    """(the engine's decoder, None), or (None, why it is not the engine that runs)."""
+    if engine == "transformers":
+        return None, None
+    try:
+        decoder = NativeDecoder(call.model, call.adapter_names)
+        if isinstance(inputs, Mapping):
+            decoder.check(inputs)
+        return decoder, None
+    except Unsupported as reason:
+        if engine == "native":
+            raise InputError(f"engine: 'native' cannot run this: {reason}. engine=None runs it anyway") from None
+        return None, str(reason)
+
+
+def _by_engine(call: _Call, decoder: NativeDecoder, batches, max_rows: int) -> dict[int, torch.Tensor]:
+    streamer, on_token = call.streamer, None
+    if streamer is not None:
+
+        def on_token(row: int, token: int) -> None:
+            streamer.put(torch.tensor([token]))
+
+    def shown(batches):
+        for batch, rows, names in batches:
+            if streamer is not None:
+                streamer.put(batch["input_ids"].cpu())
+            yield batch, rows, names
+
+    found = decoder.run(
+        shown(call.batches(batches)),
+        max_rows=max_rows,
+        sampling=call.sampling,
+        eos=call.eos,
+        min_new_tokens=call.min_new_tokens,
+        max_new_tokens=call.max_new_tokens,
+        on_token=on_token,
+    )
+    if streamer is not None:
+        streamer.end()
+    return {number: torch.tensor(row.tokens, dtype=torch.long) for number, row in found.items()}
+
+
+def _by_transformers(call: _Call, batches) -> dict[int, torch.Tensor]:
+    s = call.sampling
+    options = transformers_options(
+        call.max_new_tokens, call.min_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty
+    )
+    pad = call.encoder.pad_token_id if call.encoder is not None else min(call.eos, default=0)
+    found: dict[int, torch.Tensor] = {}
+    for batch, rows, names in call.batches(batches):
+        found.update(zip(rows, run_batch(call.model, batch, options, call.eos, pad, names, call.streamer), strict=True))
+    return found
+
+
+def _check_options(max_new_tokens, min_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty) -> None:
     for name, value, low in (
         ("max_new_tokens", max_new_tokens, 1),
         ("min_new_tokens", min_new_tokens, 0),
@@ -138,27 +230,22 @@ def _options(max_new_tokens, min_new_tokens, temperature, top_k, top_p, repetiti
             raise InputError(f"{name}: expected a whole number >= {low}, got {value!r}")
     if min_new_tokens > max_new_tokens:
         raise InputError(f"min_new_tokens: {min_new_tokens} is more than max_new_tokens={max_new_tokens}")
-    for name, value in (("temperature", temperature), ("top_p", top_p), ("repetition_penalty", repetition_penalty)):
+    numbers = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"{name}: expected a number, got {value!r}")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature: expected a number >= 0 (0 is greedy), got {temperature!r}")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+    if not 0 <= min_p <= 1:
+        raise InputError(f"min_p: expected a number in [0, 1], got {min_p!r}")
     if not 0 < repetition_penalty < float("inf"):
         raise InputError(f"repetition_penalty: expected a number > 0, got {repetition_penalty!r}")
-    if temperature == 0 and (top_k or top_p < 1):
-        raise InputError("top_k, top_p: they shape sampling, and temperature=0 is greedy; give a temperature > 0")
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "min_new_tokens": min_new_tokens or None,
-        "repetition_penalty": repetition_penalty,
-        "do_sample": temperature > 0,
-        "num_beams": 1,
-    }
-    # The model's own generation config must not add what was not asked for.
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature > 0 else {}
-    return options | {"temperature": None, "top_k": None, "top_p": None} | sampling
+    if temperature == 0 and (top_k or top_p < 1 or min_p > 0):
+        raise InputError(
+            "top_k, top_p, min_p: they shape sampling, and temperature=0 is greedy; give a temperature > 0"
+        )
 
 
 def _batches(inputs, encoder: ReportEncoder | None, batch_size: int, demonstrations):
@@ -224,37 +311,11 @@ def _check_room(batch: dict, context: int, max_new_tokens: int) -> int:
     return int(sum(lengths))
 
 
-@torch.no_grad()
-def _run(model, batch, options, eos, adapter_names, streamer, encoder) -> list[torch.Tensor]:
-    device = next(model.parameters()).device
-    batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    extra = {} if adapter_names is None else {"adapter_names": adapter_names}
-    if streamer is not None:
-        extra["streamer"] = streamer
-    pad = sorted(eos)[0] if eos else 0
-    if encoder is not None:
-        pad = encoder.pad_token_id
-    options = options | {"eos_token_id": sorted(eos) or None, "pad_token_id": pad}
-    out = model.generate(**batch, **options, **extra)
-    new = out[:, batch["input_ids"].shape[1] :].cpu()
-    return [_until_eos(row, eos) for row in new]
-
-
-def _until_eos(row: torch.Tensor, eos: set[int]) -> torch.Tensor:
-    """The row up to and including its first EOS; what follows is padding."""
-    ends = torch.isin(row, torch.tensor(sorted(eos), dtype=row.dtype)).nonzero() if eos else []
-    return row[: int(ends[0]) + 1].clone() if len(ends) else row.clone()
-
-
 def _eos_ids(model, encoder: ReportEncoder | None) -> set[int]:
     """The model's own EOS ids and the tokenizer's, with which reports were trained to end."""
-    configured = getattr(_base(model), "generation_config", None)
+    configured = getattr(unwrapped(model), "generation_config", None)
     ids = getattr(configured, "eos_token_id", None)
     found = set(ids if isinstance(ids, list) else [] if ids is None else [ids])
     if encoder is not None:
         found.add(encoder.tokenizer.eos_token_id)
     return found
-
-
-def _base(model):
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

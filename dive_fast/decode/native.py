@@ -91,6 +91,12 @@ class NativeDecoder:
             raise Unsupported("inputs: the attention_mask has holes behind a row's first token")
         if any(bool((ids[:, -1] == token).any()) for token in self.image_tokens):
             raise Unsupported("inputs: a prompt ends in an image")
+        vocabulary = self.plan.values["vocabulary"]
+        last = ids[:, -1]
+        if bool(((last < 0) | (last >= vocabulary)).any()):
+            raise InputError(
+                f"inputs: input_ids holds {int(last.max())}, the model's vocabulary has {vocabulary} tokens"
+            )
 
     def run(
         self,
@@ -123,7 +129,7 @@ class NativeDecoder:
             "min_p": sampling.min_p,
             "repetition_penalty": sampling.repetition_penalty,
             "seed": sampling.seed,
-            "eos": sorted(eos),
+            "eos": sorted(token for token in eos if 0 <= token < self.plan.values["vocabulary"]),
             "min_new_tokens": min_new_tokens,
             "max_new_tokens": max_new_tokens,
             "log_probs": log_probs,

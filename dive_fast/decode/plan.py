@@ -163,8 +163,8 @@ class _Builder:
         hidden, inner = self.hidden_size, self.text.intermediate_size
         queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
         where = f"layer {index}"
-        window = self.text.sliding_window if self.family.window_from_config else getattr(
-            attention, "sliding_window", None
+        window = (
+            self.text.sliding_window if self.family.window_from_config else getattr(attention, "sliding_window", None)
         )
 
         def norm(name: str, own: str, size: int):

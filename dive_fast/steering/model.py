@@ -150,8 +150,11 @@ class DiveModel(BaseTuner):
 
     def hook_handles(self) -> list:
         """Handles of every hook that steering has put into the model."""
-        layers = [layer.get_submodule(STEERING_NAME) for layer in decoder_of(self.model).layers
-                  if hasattr(layer, STEERING_NAME)]
+        layers = [
+            layer.get_submodule(STEERING_NAME)
+            for layer in decoder_of(self.model).layers
+            if hasattr(layer, STEERING_NAME)
+        ]
         return [*self._decoder_handles, *(handle for layer in layers for handle in layer.hook_handles())]
 
     @contextmanager
