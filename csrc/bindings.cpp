@@ -2,13 +2,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "cpu/decode.h"
 #include "cpu/features.h"
 #include "cpu/isa.h"
 #include "cpu/linear_cross_entropy.h"
@@ -321,16 +324,142 @@ void bind_engine(py::module_ m) {
         std::vector<std::int64_t> tokens(draws);
         const py::gil_scoped_release release;
         std::vector<float> copy;
+        const float* first = pointer<float>(logits);
+        const std::int64_t likeliest = std::max_element(first, first + vocabulary) - first;
         for (std::int64_t i = 0; i < draws; ++i) {
-          copy.assign(pointer<float>(logits), pointer<float>(logits) + vocabulary);
+          copy.assign(first, first + vocabulary);
           const Sampling sampling{temperature, top_k, top_p, min_p, 1.0f, seed, stream};
-          tokens[i] = choose(sampling, copy.data(), vocabulary, {}, {}, i, false).token;
+          tokens[i] = choose(sampling, copy.data(), vocabulary, likeliest, {}, {}, i, false).token;
         }
         return tokens;
       },
       py::kw_only(), "logits"_a, "vocabulary"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "seed"_a,
       "stream"_a, "draws"_a, "Tokens that steps 0 ... draws - 1 of a stream would draw from the same logits [V].");
   m.def("uniform", &uniform, "seed"_a, "stream"_a, "step"_a, "The number in [0, 1) that a step of a stream draws.");
+}
+
+// Each function of csrc/cpu/decode.h alone, on a team of its own: for tests and benchmarks. Tensors are given by address.
+void bind_decode(py::module_ m) {
+  using Address = std::uintptr_t;
+  using dive::cpu::Worker;
+  namespace cpu = dive::cpu;
+  // (data, dtype, scales, rows, columns, row stride, bias)
+  using WeightTuple = std::tuple<Address, int, Address, std::int64_t, std::int64_t, std::int64_t, Address>;
+  // (heads, key/value heads, head size, cache dtype, scale, softcap)
+  using ShapeTuple = std::tuple<int, int, int, int, float, float>;
+  // (keys, values, head stride, first, length)
+  using RowTuple = std::tuple<Address, Address, std::int64_t, std::int64_t, std::int64_t>;
+  const auto weight = [](const WeightTuple& t) {
+    return cpu::Weight{pointer<void>(std::get<0>(t)), static_cast<cpu::DType>(std::get<1>(t)),
+                       pointer<float>(std::get<2>(t)), std::get<3>(t), std::get<4>(t), std::get<5>(t),
+                       pointer<float>(std::get<6>(t))};
+  };
+  const auto shape = [](const ShapeTuple& t) {
+    return cpu::AttentionShape{std::get<0>(t), std::get<1>(t), std::get<2>(t),
+                               static_cast<cpu::DType>(std::get<3>(t)), std::get<4>(t), std::get<5>(t)};
+  };
+  const auto cache_rows = [](const std::vector<RowTuple>& tuples) {
+    std::vector<cpu::CacheRow> rows;
+    for (const auto& [keys, values, head_stride, first, length] : tuples) {
+      rows.push_back({pointer<void>(keys), pointer<void>(values), head_stride, first, length});
+    }
+    return rows;
+  };
+  const auto team = [](const std::string& isa, int threads, const std::function<void(const Worker&)>& body) {
+    const cpu::Isa level = cpu::isa_from_name(isa);
+    const py::gil_scoped_release release;
+    cpu::run_team(threads, level, body);
+  };
+  m.def("project", [=](const std::vector<WeightTuple>& tuples, Address x, int batch, const std::vector<Address>& to,
+                       bool accumulate, const std::string& isa, int threads) {
+    std::vector<cpu::Weight> weights;
+    std::vector<const cpu::Weight*> pointers;
+    std::vector<float*> outputs;
+    for (const WeightTuple& tuple : tuples) weights.push_back(weight(tuple));
+    for (const cpu::Weight& w : weights) pointers.push_back(&w);
+    for (const Address address : to) outputs.push_back(pointer<float>(address));
+    team(isa, threads, [&](const Worker& worker) {
+      cpu::project(worker, pointers.data(), static_cast<int>(pointers.size()), pointer<float>(x), batch,
+                   outputs.data(), accumulate);
+    });
+  });
+  m.def("project_gated", [=](int activation, const WeightTuple& gate, const WeightTuple& up, Address x, int batch,
+                             Address out, const std::string& isa, int threads) {
+    team(isa, threads, [&](const Worker& worker) {
+      cpu::project_gated(worker, static_cast<cpu::GatedActivation>(activation), weight(gate), weight(up),
+                         pointer<float>(x), batch, pointer<float>(out));
+    });
+  });
+  m.def("quantize_int8", [=](const WeightTuple& tuple, Address out, Address scales, const std::string& isa,
+                             int threads) {
+    const py::gil_scoped_release release;
+    cpu::quantize_int8(weight(tuple), pointer<std::int8_t>(out), pointer<float>(scales), cpu::isa_from_name(isa),
+                       threads);
+  });
+  m.def("rms_norm", [=](Address x, Address norm_weight, float eps, std::int64_t rows, std::int64_t size, Address out,
+                        const std::string& isa, int threads) {
+    team(isa, threads, [&](const Worker& worker) {
+      cpu::rms_norm(worker, pointer<float>(x), pointer<float>(norm_weight), eps, rows, size, pointer<float>(out));
+    });
+  });
+  m.def("rope", [=](Address x, Address cos, Address sin, int batch, int heads, int head_size, const std::string& isa,
+                    int threads) {
+    team(isa, threads, [&](const Worker& worker) {
+      cpu::rope(worker, pointer<float>(x), pointer<float>(cos), pointer<float>(sin), batch, heads, head_size);
+    });
+  });
+  m.def("append_to_cache", [=](const ShapeTuple& tuple, Address keys, Address values,
+                               const std::vector<RowTuple>& tuples, const std::string& isa, int threads) {
+    const std::vector<cpu::CacheRow> rows = cache_rows(tuples);
+    team(isa, threads, [&](const Worker& worker) {
+      cpu::append_to_cache(worker, shape(tuple), pointer<float>(keys), pointer<float>(values), rows.data(),
+                           static_cast<int>(rows.size()));
+    });
+  });
+  m.def("attention", [=](const ShapeTuple& tuple, Address q, const std::vector<RowTuple>& tuples, Address out,
+                         const std::string& isa, int threads) {
+    const std::vector<cpu::CacheRow> rows = cache_rows(tuples);
+    team(isa, threads, [&](const Worker& worker) {
+      cpu::attention(worker, shape(tuple), pointer<float>(q), rows.data(), static_cast<int>(rows.size()),
+                     pointer<float>(out));
+    });
+  });
+  m.def("gated_activation", [=](int activation, Address gate, Address up, std::int64_t count, Address out,
+                                const std::string& isa, int threads) {
+    team(isa, threads, [&](const Worker& worker) {
+      cpu::gated_activation(worker, static_cast<cpu::GatedActivation>(activation), pointer<float>(gate),
+                            pointer<float>(up), count, pointer<float>(out));
+    });
+  });
+  m.def("add", [=](Address a, Address b, std::int64_t count, Address out, const std::string& isa, int threads) {
+    team(isa, threads, [&](const Worker& worker) {
+      cpu::add(worker, pointer<float>(a), pointer<float>(b), count, pointer<float>(out));
+    });
+  });
+  m.def("softcap", [=](Address x, std::int64_t count, float cap, const std::string& isa, int threads) {
+    team(isa, threads, [&](const Worker& worker) { cpu::softcap(worker, pointer<float>(x), count, cap); });
+  });
+  m.def("embed", [=](const WeightTuple& embedding, Address tokens, int batch, float scale, Address out,
+                     const std::string& isa, int threads) {
+    team(isa, threads, [&](const Worker& worker) {
+      cpu::embed(worker, weight(embedding), pointer<std::int64_t>(tokens), batch, scale, pointer<float>(out));
+    });
+  });
+  m.def("argmax", [=](Address logits, int batch, std::int64_t vocabulary, Address found, const std::string& isa,
+                      int threads) {
+    team(isa, threads, [&](const Worker& worker) {
+      cpu::argmax(worker, pointer<float>(logits), batch, vocabulary, pointer<std::int64_t>(found));
+    });
+  });
+  m.def("read_memory", [](Address data, std::int64_t bytes, const std::string& isa, int threads) {
+    const py::gil_scoped_release release;
+    return cpu::read_memory(pointer<void>(data), bytes, cpu::isa_from_name(isa), threads);
+  });
+  m.def("syncs", [=](int count, const std::string& isa, int threads) {
+    team(isa, threads, [&](const Worker& worker) {
+      for (int i = 0; i < count; ++i) worker.sync();
+    });
+  });
 }
 
 void bind_cuda(py::module_ m) {
@@ -379,6 +508,7 @@ PYBIND11_MODULE(_native, m) {
   bind_cpu(cpu);
   bind_linear_cross_entropy(cpu);
   bind_steer(cpu);
+  bind_decode(cpu.def_submodule("decode", "The parts of a decoding step; see csrc/cpu/decode.h."));
   bind_engine(m.def_submodule("engine", "Decoding: a plan, its requests, their tokens."));
   bind_cuda(m.def_submodule("cuda", "CUDA devices and this build's code for them."));
 }

@@ -1,240 +1,246 @@
 #include "cpu/decode.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
 #include <thread>
 #include <vector>
 
+#include "cpu/decode_kernel.h"
 #include "cpu/thread_pool.h"
 
 namespace dive::cpu {
 namespace {
 
-float bits_to_float(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
+// Looks before a waiting worker offers its core to others, about 50 microseconds: longer than most phases of a step,
+// shorter than a scheduler's slice, which is what an absent worker costs where threads outnumber cores.
+constexpr int kLooks = 2000;
 
-std::uint32_t float_to_bits(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
+// Rows of weights that stay together. Four outputs are 16 bytes: finer shares would meet in more cache lines.
+constexpr std::int64_t kRowUnit = 4;
+// Elementwise work is divided at whole vectors of the widest level.
+constexpr std::int64_t kElementUnit = 16;
 
-float widen_half(std::uint16_t x) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(x & 0x8000) << 16, magnitude = x & 0x7fff;
-  std::uint32_t bits = float_to_bits(bits_to_float(magnitude << 13) * 5.192296858534828e33f);  // 2^112
-  if (magnitude >= 0x7c00) bits = 0x7f800000 | (magnitude & 0x3ff) << 13;
-  return bits_to_float(bits | sign);
-}
-
-std::uint16_t round_half(float x) {
-  std::uint32_t bits = float_to_bits(x);
-  const std::uint32_t sign = bits >> 16 & 0x8000;
-  bits &= 0x7fffffff;
-  std::uint32_t result;
-  if (bits > 0x7f800000) {
-    result = 0x7e00;
-  } else if (bits >= 0x477ff000) {
-    result = 0x7c00;
-  } else if (bits < 0x38800000) {
-    result = float_to_bits(bits_to_float(bits) + 0.5f) - 0x3f000000;
-  } else {
-    result = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
-  }
-  return static_cast<std::uint16_t>(sign | result);
-}
-
-float get(const void* data, DType dtype, std::int64_t i) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[i];
-  const std::uint16_t bits = static_cast<const std::uint16_t*>(data)[i];
-  return dtype == DType::kBFloat16 ? bits_to_float(static_cast<std::uint32_t>(bits) << 16) : widen_half(bits);
-}
-
-void put(void* data, DType dtype, std::int64_t i, float x) {
-  if (dtype == DType::kFloat32) {
-    static_cast<float*>(data)[i] = x;
-  } else if (dtype == DType::kFloat16) {
-    static_cast<std::uint16_t*>(data)[i] = round_half(x);
-  } else {
-    const std::uint32_t bits = float_to_bits(x);
-    static_cast<std::uint16_t*>(data)[i] =
-        static_cast<std::uint16_t>(x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
-}
-
-float element(const Weight& weight, std::int64_t row, std::int64_t column) {
-  const std::int64_t i = row * weight.row_stride + column;
-  if (weight.scales) return static_cast<const std::int8_t*>(weight.data)[i] * weight.scales[row];
-  return get(weight.data, weight.dtype, i);
-}
+// A row's positions are attended to in pieces of at least this many, and in at most kMostPieces pieces: enough of them
+// for all workers, few enough that merging costs little. The pieces depend on the row alone, and so does its result.
+constexpr std::int64_t kPiecePositions = 64;
+constexpr std::int64_t kMostPieces = 16;
 
 struct Range {
   std::int64_t begin, end;
 };
 
-Range share(const Worker& worker, std::int64_t count) {
-  return {count * worker.index / worker.count, count * (worker.index + 1) / worker.count};
+Range share(const Worker& worker, std::int64_t count, std::int64_t unit = 1) {
+  const std::int64_t units = (count + unit - 1) / unit;
+  return {std::min(units * worker.index / worker.count * unit, count),
+          std::min(units * (worker.index + 1) / worker.count * unit, count)};
 }
 
-float gated(GatedActivation activation, float x) {
-  if (activation == GatedActivation::kSilu) return x / (1.0f + std::exp(-x));
-  if (activation == GatedActivation::kGelu) return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
-  return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+std::int64_t piece_positions(const CacheRow& row) {
+  const std::int64_t count = row.length - row.first, piece = (count + kMostPieces - 1) / kMostPieces;
+  return std::max((piece + kPiecePositions - 1) / kPiecePositions * kPiecePositions, kPiecePositions);
+}
+
+std::int64_t pieces_of(const CacheRow& row) {
+  return (row.length - row.first + piece_positions(row) - 1) / piece_positions(row);
+}
+
+// The team's memory, large enough. Everyone sees the same size before the first sync, since only what stands between
+// the two may change it.
+float* shared_scratch(const Worker& worker, std::int64_t floats) {
+  thread_local std::vector<float> own;
+  std::vector<float>& memory = worker.scratch ? *worker.scratch : own;
+  const auto size = static_cast<std::size_t>(floats);
+  if (memory.size() < size) {
+    worker.sync();
+    if (worker.index == 0) memory.resize(size + size / 2);
+    worker.sync();
+  }
+  return memory.data();
 }
 
 }  // namespace
 
 void Barrier::wait() {
-  const unsigned phase = phase_.load(std::memory_order_acquire);
+  const unsigned phase = phase_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
     arrived_.store(0, std::memory_order_relaxed);
-    phase_.fetch_add(1, std::memory_order_release);
+    phase_.store(phase + 1, std::memory_order_release);
     return;
   }
-  while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
+  for (int looks = 0; phase_.load(std::memory_order_acquire) == phase; ++looks) {
+    if (looks < kLooks) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
 }
 
 void run_team(int threads, Isa isa, const std::function<void(const Worker&)>& body) {
+  thread_local std::vector<float> scratch;
+  std::vector<float>* const shared = &scratch;
   Barrier barrier(threads);
-  parallel(threads, [&](int index) { body({index, threads, isa, &barrier}); });
+  parallel(threads, [&](int index) { body({index, threads, isa, &barrier, shared}); });
 }
 
 void project(const Worker& worker, const Weight* const* weights, int count, const float* x, int batch,
-             float* const* outputs) {
+             float* const* outputs, bool accumulate) {
+  std::int64_t units = 0;
+  for (int i = 0; i < count; ++i) units += (weights[i]->rows + kRowUnit - 1) / kRowUnit;
+  const Range mine = share(worker, units);
+  std::int64_t first = 0;  // of this matrix, among all units
   for (int i = 0; i < count; ++i) {
     const Weight& weight = *weights[i];
-    const Range rows = share(worker, weight.rows);
-    std::vector<float> row(weight.columns);
-    for (std::int64_t n = rows.begin; n < rows.end; ++n) {
-      for (std::int64_t k = 0; k < weight.columns; ++k) row[k] = element(weight, n, k);
-      for (int b = 0; b < batch; ++b) {
-        double total = 0;
-        for (std::int64_t k = 0; k < weight.columns; ++k) total += double{x[b * weight.columns + k]} * row[k];
-        outputs[i][b * weight.rows + n] = static_cast<float>(total) + (weight.bias ? weight.bias[n] : 0.0f);
-      }
+    const std::int64_t after = first + (weight.rows + kRowUnit - 1) / kRowUnit;
+    const std::int64_t begin = std::max(mine.begin, first), end = std::min(mine.end, after);
+    if (begin < end) {
+      const std::int64_t last = std::min((end - first) * kRowUnit, weight.rows);
+      DIVE_DISPATCH(worker.isa, project_rows, weight, (begin - first) * kRowUnit, last, x, batch, outputs[i],
+                    accumulate);
     }
+    first = after;
   }
 }
 
-void quantize_int8(const Weight& weight, std::int8_t* out, float* scales, Isa, int threads) {
+void project_gated(const Worker& worker, GatedActivation activation, const Weight& gate, const Weight& up,
+                   const float* x, int batch, float* outputs) {
+  const Range mine = share(worker, gate.rows, kRowUnit);
+  DIVE_DISPATCH(worker.isa, project_gated_rows, gate, up, mine.begin, mine.end, x, batch, activation, outputs);
+}
+
+void quantize_int8(const Weight& weight, std::int8_t* out, float* scales, Isa isa, int threads) {
   parallel(threads, [&](int index) {
-    for (std::int64_t n = weight.rows * index / threads; n < weight.rows * (index + 1) / threads; ++n) {
-      float largest = 0;
-      for (std::int64_t k = 0; k < weight.columns; ++k) largest = std::max(largest, std::fabs(element(weight, n, k)));
-      scales[n] = largest / 127;
-      const float inverse = largest > 0 ? 127 / largest : 0;
-      for (std::int64_t k = 0; k < weight.columns; ++k) {
-        out[n * weight.columns + k] = static_cast<std::int8_t>(std::lrint(element(weight, n, k) * inverse));
-      }
-    }
+    const Range mine = share({index, threads, isa, nullptr}, weight.rows);
+    DIVE_DISPATCH(isa, quantize_rows, weight, mine.begin, mine.end, out, scales);
   });
 }
 
 void rms_norm(const Worker& worker, const float* x, const float* weight, float eps, std::int64_t rows,
               std::int64_t size, float* out) {
-  const Range range = share(worker, rows);
-  for (std::int64_t i = range.begin; i < range.end; ++i) {
-    double squares = 0;
-    for (std::int64_t d = 0; d < size; ++d) squares += double{x[i * size + d]} * x[i * size + d];
-    const float inverse = 1.0f / std::sqrt(static_cast<float>(squares / size) + eps);
-    for (std::int64_t d = 0; d < size; ++d) out[i * size + d] = x[i * size + d] * inverse * weight[d];
+  const Range mine = share(worker, rows);
+  for (std::int64_t i = mine.begin; i < mine.end; ++i) {
+    DIVE_DISPATCH(worker.isa, norm_row, x + i * size, weight, eps, size, out + i * size);
   }
 }
 
 void rope(const Worker& worker, float* x, const float* cos, const float* sin, int batch, int heads, int head_size) {
-  const Range range = share(worker, std::int64_t{batch} * heads);
-  const int half = head_size / 2;
-  for (std::int64_t i = range.begin; i < range.end; ++i) {
-    float* head = x + i * head_size;
-    const float *c = cos + i / heads * head_size, *s = sin + i / heads * head_size;
-    for (int e = 0; e < half; ++e) {
-      const float low = head[e], high = head[e + half];
-      head[e] = low * c[e] - high * s[e];
-      head[e + half] = high * c[e + half] + low * s[e + half];
-    }
+  const Range mine = share(worker, std::int64_t{batch} * heads);
+  for (std::int64_t i = mine.begin; i < mine.end; ++i) {
+    const std::int64_t angle = i / heads * head_size;
+    DIVE_DISPATCH(worker.isa, rotate_head, x + i * head_size, cos + angle, sin + angle, head_size);
   }
 }
 
 void append_to_cache(const Worker& worker, const AttentionShape& shape, const float* keys, const float* values,
                      const CacheRow* rows, int batch) {
-  const Range range = share(worker, std::int64_t{batch} * shape.kv_heads);
-  const int size = shape.head_size;
-  for (std::int64_t i = range.begin; i < range.end; ++i) {
+  const Range mine = share(worker, std::int64_t{batch} * shape.kv_heads);
+  const std::int64_t E = shape.head_size, width = size_of(shape.cache_dtype);
+  for (std::int64_t i = mine.begin; i < mine.end; ++i) {
     const CacheRow& row = rows[i / shape.kv_heads];
-    const std::int64_t to = i % shape.kv_heads * row.head_stride + (row.length - 1) * size;
-    for (int e = 0; e < size; ++e) {
-      put(row.keys, shape.cache_dtype, to + e, keys[i * size + e]);
-      put(row.values, shape.cache_dtype, to + e, values[i * size + e]);
-    }
+    const std::int64_t to = width * (i % shape.kv_heads * row.head_stride + (row.length - 1) * E);
+    const DType dtype = shape.cache_dtype;
+    DIVE_DISPATCH(worker.isa, narrow_range, keys + i * E, E, dtype, static_cast<char*>(row.keys) + to);
+    DIVE_DISPATCH(worker.isa, narrow_range, values + i * E, E, dtype, static_cast<char*>(row.values) + to);
   }
 }
 
 void attention(const Worker& worker, const AttentionShape& shape, const float* q, const CacheRow* rows, int batch,
                float* out) {
-  const Range range = share(worker, std::int64_t{batch} * shape.heads);
-  const int size = shape.head_size;
-  std::vector<double> total(size);
-  for (std::int64_t i = range.begin; i < range.end; ++i) {
-    const CacheRow& row = rows[i / shape.heads];
-    const std::int64_t base = i % shape.heads / (shape.heads / shape.kv_heads) * row.head_stride;
-    float largest = -std::numeric_limits<float>::infinity();
-    double mass = 0;
-    std::fill(total.begin(), total.end(), 0.0);
-    for (std::int64_t s = row.first; s < row.length; ++s) {
-      float score = 0;
-      for (int e = 0; e < size; ++e) score += q[i * size + e] * get(row.keys, shape.cache_dtype, base + s * size + e);
-      score *= shape.scale;
-      if (shape.softcap > 0) score = shape.softcap * std::tanh(score / shape.softcap);
-      if (score > largest) {
-        const double shrink = std::exp(double{largest} - score);
-        mass *= shrink;
-        for (double& t : total) t *= shrink;
-        largest = score;
+  const std::int64_t E = shape.head_size, G = shape.kv_heads, width = size_of(shape.cache_dtype);
+  const std::int64_t shared = shape.heads / shape.kv_heads, partial = partial_size(shape.head_size);
+  std::int64_t positions = 0, pieces = 0;
+  for (int b = 0; b < batch; ++b) {
+    positions += rows[b].length - rows[b].first;
+    pieces += pieces_of(rows[b]);
+  }
+  float* const partials = shared_scratch(worker, pieces * shape.heads * partial);
+
+  // Pieces in the order [row][head][piece], dealt out by positions: those whose middle lies in a worker's share.
+  std::int64_t before = 0;
+  float* to = partials;
+  for (int b = 0; b < batch; ++b) {
+    const CacheRow& row = rows[b];
+    for (std::int64_t g = 0; g < G; ++g) {
+      for (std::int64_t s = row.first; s < row.length; s += piece_positions(row)) {
+        const std::int64_t end = std::min(s + piece_positions(row), row.length);
+        if ((2 * before + end - s) * worker.count / (2 * positions * G) == worker.index) {
+          const std::int64_t head = width * g * row.head_stride;
+          DIVE_DISPATCH(worker.isa, attend_positions, shape, q + (b * shape.heads + g * shared) * E,
+                        static_cast<const char*>(row.keys) + head, static_cast<const char*>(row.values) + head, s, end,
+                        to);
+        }
+        before += end - s;
+        to += shared * partial;
       }
-      const double weight = std::exp(double{score} - largest);
-      mass += weight;
-      for (int e = 0; e < size; ++e) total[e] += weight * get(row.values, shape.cache_dtype, base + s * size + e);
     }
-    for (int e = 0; e < size; ++e) out[i * size + e] = static_cast<float>(total[e] / mass);
+  }
+  worker.sync();
+
+  const Range mine = share(worker, std::int64_t{batch} * shape.heads);
+  const float* from = partials;
+  std::int64_t first = 0;  // head of row b, among all
+  for (int b = 0; b < batch; ++b) {
+    const std::int64_t count = pieces_of(rows[b]);
+    for (std::int64_t i = std::max(mine.begin, first); i < std::min(mine.end, first + shape.heads); ++i) {
+      const std::int64_t h = i - first;
+      const float* head = from + (h / shared * count * shared + h % shared) * partial;
+      DIVE_DISPATCH(worker.isa, merge_partials, head, shared * partial, static_cast<int>(count), shape.head_size,
+                    out + i * E);
+    }
+    from += count * shape.heads * partial;
+    first += shape.heads;
   }
 }
 
 void gated_activation(const Worker& worker, GatedActivation activation, const float* gate, const float* up,
                       std::int64_t count, float* out) {
-  const Range range = share(worker, count);
-  for (std::int64_t i = range.begin; i < range.end; ++i) out[i] = gated(activation, gate[i]) * up[i];
+  const Range mine = share(worker, count, kElementUnit);
+  const std::int64_t i = mine.begin;
+  DIVE_DISPATCH(worker.isa, gate_range, activation, gate + i, up + i, mine.end - i, out + i);
 }
 
 void add(const Worker& worker, const float* a, const float* b, std::int64_t count, float* out) {
-  const Range range = share(worker, count);
-  for (std::int64_t i = range.begin; i < range.end; ++i) out[i] = a[i] + b[i];
+  const Range mine = share(worker, count, kElementUnit);
+  const std::int64_t i = mine.begin;
+  DIVE_DISPATCH(worker.isa, add_range, a + i, b + i, mine.end - i, out + i);
 }
 
 void softcap(const Worker& worker, float* x, std::int64_t count, float cap) {
-  const Range range = share(worker, count);
-  for (std::int64_t i = range.begin; i < range.end; ++i) x[i] = cap * std::tanh(x[i] / cap);
+  const Range mine = share(worker, count, kElementUnit);
+  DIVE_DISPATCH(worker.isa, softcap_range, x + mine.begin, mine.end - mine.begin, cap);
 }
 
 void embed(const Worker& worker, const Weight& embedding, const std::int64_t* tokens, int batch, float scale,
            float* out) {
-  const Range range = share(worker, batch);
-  for (std::int64_t b = range.begin; b < range.end; ++b) {
-    for (std::int64_t d = 0; d < embedding.columns; ++d) {
-      out[b * embedding.columns + d] = element(embedding, tokens[b], d) * scale;
-    }
+  const Range mine = share(worker, batch);
+  for (std::int64_t b = mine.begin; b < mine.end; ++b) {
+    DIVE_DISPATCH(worker.isa, embed_row, embedding, tokens[b], scale, out + b * embedding.columns);
   }
 }
 
 void argmax(const Worker& worker, const float* logits, int batch, std::int64_t vocabulary, std::int64_t* found) {
-  const Range range = share(worker, batch);
-  for (std::int64_t b = range.begin; b < range.end; ++b) {
-    const float* row = logits + b * vocabulary;
-    found[b] = std::max_element(row, row + vocabulary) - row;
+  const Range mine = share(worker, batch);
+  for (std::int64_t b = mine.begin; b < mine.end; ++b) {
+    found[b] = DIVE_DISPATCH(worker.isa, argmax_range, logits + b * vocabulary, vocabulary);
   }
+}
+
+std::uint32_t read_memory(const void* data, std::int64_t bytes, Isa isa, int threads) {
+  constexpr std::int64_t kLine = 64;
+  std::atomic<std::uint32_t> total{0};
+  parallel(threads, [&](int index) {
+    const Range mine = share({index, threads, isa, nullptr}, bytes / kLine);
+    const char* begin = static_cast<const char*>(data) + mine.begin * kLine;
+    total += DIVE_DISPATCH(isa, read_range, begin, (mine.end - mine.begin) * kLine);
+  });
+  return total;
 }
 
 }  // namespace dive::cpu

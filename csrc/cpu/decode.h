@@ -5,12 +5,17 @@
 // Every function that takes a Worker is called by all workers of a team with the same arguments; each does its share,
 // and worker.sync() must stand between a function that writes and one that reads what was written. A row's result
 // depends neither on the rows beside it nor on the number of workers, to the bit. Activations are float32.
+//
+// rms_norm, rope and append_to_cache divide n rows or heads in the same way, so that nothing need stand between them
+// where n is the same: norm, rope and append of the same B * G heads.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
+#include "cpu/decode_types.h"
 #include "cpu/dtype.h"
 #include "cpu/isa.h"
 
@@ -24,14 +29,16 @@ class Barrier {
 
  private:
   const int count_;
-  std::atomic<int> arrived_{0};
-  std::atomic<unsigned> phase_{0};
+  // Apart, or every arrival would take the line away from those who watch the phase.
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<unsigned> phase_{0};
 };
 
 struct Worker {
   int index, count;
   Isa isa;
   Barrier* barrier;
+  std::vector<float>* scratch = nullptr;  // the team's; null: the calling thread's own
 
   void sync() const {
     if (count > 1) barrier->wait();
@@ -41,19 +48,16 @@ struct Worker {
 // Runs body(worker) on `threads` threads within one parallel() call.
 void run_team(int threads, Isa isa, const std::function<void(const Worker&)>& body);
 
-struct Weight {
-  const void* data;          // [N][K]
-  DType dtype;               // of data, where scales is null
-  const float* scales;       // [N]: data is int8 and row n stands for data[n] * scales[n]; or null
-  std::int64_t rows, columns;
-  std::int64_t row_stride;   // in elements
-  const float* bias;         // [N] or null
-};
-
 // outputs[i][b][n] = sum over k of x[b][k] * weights[i][n][k] + bias[n]: `count` matrices over the same x, each read
-// once. x is [B][K], outputs[i] is [B][weights[i]->rows], all contiguous; 1 <= B <= 64.
+// once. x is [B][K], outputs[i] is [B][weights[i]->rows], all contiguous; 1 <= B <= 64. With `accumulate` that is added
+// to what outputs hold.
 void project(const Worker& worker, const Weight* const* weights, int count, const float* x, int batch,
-             float* const* outputs);
+             float* const* outputs, bool accumulate = false);
+
+// outputs[b][n] = act(x[b] . gate[n] + gate.bias[n]) * (x[b] . up[n] + up.bias[n]), bit-equal to project() followed by
+// gated_activation(), without a sync between them.
+void project_gated(const Worker& worker, GatedActivation activation, const Weight& gate, const Weight& up,
+                   const float* x, int batch, float* outputs);
 
 // Per row of the matrix: scales[n] = max |row| / 127, out[n][k] = round(row[k] / scales[n]); zeros where the row is zero.
 void quantize_int8(const Weight& weight, std::int8_t* out, float* scales, Isa isa, int threads);
@@ -66,32 +70,14 @@ void rms_norm(const Worker& worker, const float* x, const float* weight, float e
 // cos and sin are [B][E].
 void rope(const Worker& worker, float* x, const float* cos, const float* sin, int batch, int heads, int head_size);
 
-// One row's cache in one layer: [G][capacity][E] elements of the shape's dtype.
-struct CacheRow {
-  void* keys;
-  void* values;
-  std::int64_t head_stride;  // capacity * E
-  std::int64_t first;        // the first position attended to
-  std::int64_t length;       // positions held, the current one included
-};
-
-struct AttentionShape {
-  int heads, kv_heads, head_size;
-  DType cache_dtype;
-  float scale;    // of q . k
-  float softcap;  // c * tanh(score / c); 0: none
-};
-
 // Writes keys and values [B][G][E] at position length - 1 of every row's cache.
 void append_to_cache(const Worker& worker, const AttentionShape& shape, const float* keys, const float* values,
                      const CacheRow* rows, int batch);
 
 // out[b][h] = sum over s in [first, length) of softmax(scale * q[b][h] . keys[s][h / (H / G)]) values[s]; q and out are
-// [B][H][E]. Each call may keep scratch of its own.
+// [B][H][E]. All workers of a team must call it: there are syncs inside.
 void attention(const Worker& worker, const AttentionShape& shape, const float* q, const CacheRow* rows, int batch,
                float* out);
-
-enum class GatedActivation { kSilu, kGeluTanh, kGelu };
 
 // out[i] = act(gate[i]) * up[i]; i < count. out may be gate.
 void gated_activation(const Worker& worker, GatedActivation activation, const float* gate, const float* up,
@@ -107,7 +93,11 @@ void softcap(const Worker& worker, float* x, std::int64_t count, float cap);
 void embed(const Worker& worker, const Weight& embedding, const std::int64_t* tokens, int batch, float scale,
            float* out);
 
-// found[b] = the first index of the largest of logits[b][0 .. vocabulary).
+// found[b] = the first index of the largest of logits[b][0 .. vocabulary); a NaN counts as the largest.
 void argmax(const Worker& worker, const float* logits, int batch, std::int64_t vocabulary, std::int64_t* found);
+
+// The sum, modulo 2^32, of the 32-bit words of whole cache lines: reads memory as fast as it can be read, which is the
+// limit that project() is measured against.
+std::uint32_t read_memory(const void* data, std::int64_t bytes, Isa isa, int threads);
 
 }  // namespace dive::cpu

@@ -1,0 +1,51 @@
+// Between decode.cpp, which divides the work among workers, and decode_*_kernel.cpp, which do it.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/decode_types.h"
+#include "cpu/isa.h"
+
+namespace dive::cpu {
+
+// Rows of the batch that share one reading of the weights from L1. With 4 rows of weights that makes 16 sums, and with
+// the numbers they are made of 21 of the 32 registers that AVX-512 has.
+inline constexpr int kBatchTile = 4;
+
+// Query heads that attention takes at a time. 16 of them times a block of positions are 4 KiB of scores.
+inline constexpr int kHeadTile = 16;
+
+// What attention over some positions leaves for one query head: [E] the sum of exp(score - largest) * values, then
+// `largest` and the sum of the exponentials. Static because this header is compiled at every level.
+static inline std::int64_t partial_size(int head_size) { return head_size + 2; }
+
+// outputs[b][n] = x[b] . weight[n] + bias[n], or plus that where `add`, for n in [begin, end); rows of outputs are
+// weight.rows apart.
+DIVE_DECLARE_VARIANTS(void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, const float* x,
+                                        int batch, float* outputs, bool add))
+DIVE_DECLARE_VARIANTS(void project_gated_rows(const Weight& gate, const Weight& up, std::int64_t begin,
+                                              std::int64_t end, const float* x, int batch, GatedActivation activation,
+                                              float* outputs))
+DIVE_DECLARE_VARIANTS(void quantize_rows(const Weight& weight, std::int64_t begin, std::int64_t end, std::int8_t* out,
+                                         float* scales))
+DIVE_DECLARE_VARIANTS(void embed_row(const Weight& embedding, std::int64_t token, float scale, float* out))
+
+DIVE_DECLARE_VARIANTS(void norm_row(const float* x, const float* weight, float eps, std::int64_t size, float* out))
+DIVE_DECLARE_VARIANTS(void rotate_head(float* x, const float* cos, const float* sin, int head_size))
+DIVE_DECLARE_VARIANTS(void gate_range(GatedActivation activation, const float* gate, const float* up,
+                                      std::int64_t count, float* out))
+DIVE_DECLARE_VARIANTS(void add_range(const float* a, const float* b, std::int64_t count, float* out))
+DIVE_DECLARE_VARIANTS(void softcap_range(float* x, std::int64_t count, float cap))
+DIVE_DECLARE_VARIANTS(void narrow_range(const float* x, std::int64_t count, DType dtype, void* out))
+DIVE_DECLARE_VARIANTS(std::uint32_t read_range(const void* data, std::int64_t bytes))
+DIVE_DECLARE_VARIANTS(std::int64_t argmax_range(const float* x, std::int64_t count))
+
+// Positions [begin, end) of the cache of one key/value head for the H / G query heads that share it: q and out hold
+// them one after the other, out as partials.
+DIVE_DECLARE_VARIANTS(void attend_positions(const AttentionShape& shape, const float* q, const void* keys,
+                                            const void* values, std::int64_t begin, std::int64_t end, float* partials))
+// out[E] from `count` partials of one query head, `stride` apart.
+DIVE_DECLARE_VARIANTS(void merge_partials(const float* partials, std::int64_t stride, int count, int head_size,
+                                          float* out))
+
+}  // namespace dive::cpu
