@@ -25,7 +25,7 @@ struct Private {
 
 // What all workers see.
 struct Shared {
-  std::vector<float> q, k, v, attended, gate, up, update, logits;
+  std::vector<float> q, k, v, attended, inner, update, logits;
   std::vector<float> cosine, sine;        // [ropes][B][E]
   std::vector<CacheRow> caches;           // [layers][B]
 };
@@ -44,8 +44,7 @@ class CpuStepper final : public engine::Stepper {
     shared_.attended.resize(B * plan.heads * E);
     shared_.k.resize(B * plan.kv_heads * E);
     shared_.v.resize(B * plan.kv_heads * E);
-    shared_.gate.resize(B * plan.intermediate_size);
-    shared_.up.resize(B * plan.intermediate_size);
+    shared_.inner.resize(B * plan.intermediate_size);
     shared_.update.resize(B * D);
     shared_.logits.resize(B * plan.vocabulary);
     shared_.cosine.resize(plan.ropes.size() * B * E);
@@ -55,13 +54,16 @@ class CpuStepper final : public engine::Stepper {
   }
 
   void step(const std::vector<StepRow>& rows,
-            const std::function<void(std::size_t, float*)>& with_logits) override {
+            const std::function<void(std::size_t, float*, std::int64_t)>& with_logits) override {
     if (rows.empty() || rows.size() > static_cast<std::size_t>(max_rows_)) throw std::logic_error("step: bad row count");
     prepare(rows);
     run_team(threads_, isa_, [&](const Worker& worker) {
       run(worker, rows);
       for (std::size_t b = worker.index; b < rows.size(); b += worker.count) {
-        with_logits(b, shared_.logits.data() + b * plan_.vocabulary);
+        float* logits = shared_.logits.data() + b * plan_.vocabulary;
+        std::int64_t likeliest;
+        argmax({0, 1, isa_, nullptr}, logits, 1, plan_.vocabulary, &likeliest);
+        with_logits(b, logits, likeliest);
       }
     });
   }
@@ -153,16 +155,11 @@ class CpuStepper final : public engine::Stepper {
 
   void feed_forward(const Worker& worker, const Worker& alone, const Layer& layer, int B, Private& own) {
     norm(alone, layer.mlp, B, own);
-    const Weight* inputs[] = {&layer.gate_proj, &layer.up_proj};
-    float* outputs[] = {shared_.gate.data(), shared_.up.data()};
-    project(worker, inputs, 2, own.normed.data(), B, outputs);
-    worker.sync();
-    gated_activation(worker, plan_.activation, shared_.gate.data(), shared_.up.data(), B * plan_.intermediate_size,
-                     shared_.gate.data());
+    project_gated(worker, plan_.activation, layer.gate_proj, layer.up_proj, own.normed.data(), B, shared_.inner.data());
     worker.sync();
     const Weight* down = &layer.down_proj;
     float* update = shared_.update.data();
-    project(worker, &down, 1, shared_.gate.data(), B, &update);
+    project(worker, &down, 1, shared_.inner.data(), B, &update);
     worker.sync();
   }
 

@@ -22,7 +22,7 @@ bool likelier(const Candidate& a, const Candidate& b) {
 std::int64_t largest(const float* logits, std::int64_t vocabulary) {
   std::int64_t best = 0;
   for (std::int64_t v = 1; v < vocabulary; ++v) {
-    if (logits[v] > logits[best] || std::isnan(logits[best])) best = v;
+    if (logits[v] > logits[best]) best = v;
   }
   return best;
 }
@@ -106,23 +106,25 @@ double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step) {
   return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
-Choice choose(const Sampling& sampling, float* logits, std::int64_t vocabulary, const std::vector<std::int64_t>& seen,
-              const std::vector<std::int64_t>& barred, std::uint64_t step, bool wants_log_prob) {
+Choice choose(const Sampling& sampling, float* logits, std::int64_t vocabulary, std::int64_t likeliest,
+              const std::vector<std::int64_t>& seen, const std::vector<std::int64_t>& barred, std::uint64_t step,
+              bool wants_log_prob) {
   double lse = 0;
   std::vector<std::pair<std::int64_t, float>> changed;
-  if (wants_log_prob) lse = log_of_sum_of_exp(logits, vocabulary, logits[largest(logits, vocabulary)]);
+  if (wants_log_prob) lse = log_of_sum_of_exp(logits, vocabulary, logits[likeliest]);
+  const bool penalized = sampling.repetition_penalty != 1.0f;
   const auto change = [&](std::int64_t token, float value) {
     if (wants_log_prob) changed.emplace_back(token, logits[token]);
     logits[token] = value;
   };
-  if (sampling.repetition_penalty != 1.0f) {
+  if (penalized) {
     for (const std::int64_t token : seen) {
       const float x = logits[token];
       change(token, x < 0 ? x * sampling.repetition_penalty : x / sampling.repetition_penalty);
     }
   }
   for (const std::int64_t token : barred) change(token, kNever);
-  std::int64_t token = largest(logits, vocabulary);
+  std::int64_t token = penalized || !barred.empty() ? largest(logits, vocabulary) : likeliest;
   if (sampling.temperature > 0 && logits[token] > kNever) {
     std::vector<Candidate> kept = candidates(sampling, logits, vocabulary, logits[token]);
     if (sampling.top_p < 1) keep_top_p(kept, sampling.top_p);

@@ -26,9 +26,10 @@ struct Choice {
   float log_prob;  // of the token under the logits as they came
 };
 
-// `logits` [V] are changed. `seen` holds the tokens that the penalty applies to, each once; `barred` those that must not
-// come. NaN logits count as the smallest.
-Choice choose(const Sampling& sampling, float* logits, std::int64_t vocabulary, const std::vector<std::int64_t>& seen,
-              const std::vector<std::int64_t>& barred, std::uint64_t step, bool wants_log_prob);
+// `logits` [V] may be changed; `likeliest` is the first index of the largest. `seen` holds the tokens that the penalty
+// applies to, each once; `barred` those that must not come.
+Choice choose(const Sampling& sampling, float* logits, std::int64_t vocabulary, std::int64_t likeliest,
+              const std::vector<std::int64_t>& seen, const std::vector<std::int64_t>& barred, std::uint64_t step,
+              bool wants_log_prob);
 
 }  // namespace dive::engine

@@ -112,12 +112,14 @@ void Session::step() {
     step_rows_.push_back({row->token, row->position, row->position + row->request.rope_offset, &row->cache,
                           &row->request.adapters});
   }
-  stepper_->step(step_rows_, [this](std::size_t b, float* logits) { sample(*active_[b], logits); });
+  stepper_->step(step_rows_, [this](std::size_t b, float* logits, std::int64_t likeliest) {
+    sample(*active_[b], logits, likeliest);
+  });
   ++steps_;
   rows_run_ += static_cast<std::int64_t>(active_.size());
 }
 
-void Session::sample(Row& row, float* logits) {
+void Session::sample(Row& row, float* logits, std::int64_t likeliest) {
   const Request& request = row.request;
   const std::size_t done = results_[row.number].tokens.size();
   const bool forced = done < request.forced.size();
@@ -129,8 +131,8 @@ void Session::sample(Row& row, float* logits) {
   if (forced) {
     row.choice = {request.forced[done], 0.0f};
   } else {
-    row.choice = choose(request.sampling, logits, plan_.vocabulary, row.seen, too_short ? request.eos : none, done,
-                        request.log_probs);
+    row.choice = choose(request.sampling, logits, plan_.vocabulary, likeliest, row.seen,
+                        too_short ? request.eos : none, done, request.log_probs);
   }
 }
 

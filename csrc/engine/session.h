@@ -79,7 +79,7 @@ class Session {
 
   void admit();
   void step();
-  void sample(Row& row, float* logits);
+  void sample(Row& row, float* logits, std::int64_t likeliest);
   bool advance(Row& row, const Callbacks& callbacks);
   void cancel_all();
 

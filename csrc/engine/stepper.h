@@ -21,10 +21,12 @@ class Stepper {
  public:
   virtual ~Stepper() = default;
 
-  // Runs every row's token, which adds it to its cache, and calls with_logits(row, logits [V]) once for every row,
-  // perhaps from several threads at once. The logits may be changed. A row's result does not depend on the others.
-  virtual void step(const std::vector<StepRow>& rows,
-                    const std::function<void(std::size_t row, float* logits)>& with_logits) = 0;
+  // Runs every row's token, which adds it to its cache, and calls with_logits(row, logits [V], the first index of the
+  // largest) once for every row, perhaps from several threads at once. The logits may be changed. A row's result does
+  // not depend on the others.
+  virtual void step(
+      const std::vector<StepRow>& rows,
+      const std::function<void(std::size_t row, float* logits, std::int64_t likeliest)>& with_logits) = 0;
 };
 
 }  // namespace dive::engine

@@ -22,6 +22,7 @@ ACTIVATIONS = ("silu", "identity", "relu", "gelu", "tanh")
 # Their frequencies are the same for every sequence length.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
+_RECORDING = "transformers.utils.output_capturing"
 _NO_WEIGHT = (0, 0, 0, 0, 0, 0, 0)
 _NO_NORM = (0, 0.0)
 
@@ -31,25 +32,27 @@ class Family:
     """What a decoder family does beyond its `DecoderSpec`.
 
     Attributes:
-        decoder: the class of the decoder; a subclass may compute something else.
-        norm: the class of every norm.
+        prefix: what the names of the family's classes start with; a class of another name may compute something else.
+        decoder: what follows it in the name of the decoder.
+        mlp: the MLP's class where it is another family's.
         norm_offset: norms multiply by (1 + w).
         window_from_config: the sliding window is the configuration's, in every layer, and not the attention's own.
     """
 
-    decoder: str
-    norm: str
+    prefix: str
+    decoder: str = "Model"
+    mlp: str | None = None
     norm_offset: float = 0.0
     window_from_config: bool = False
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaModel", "LlamaRMSNorm"),
-    "mistral": Family("MistralModel", "MistralRMSNorm", window_from_config=True),
-    "qwen2": Family("Qwen2Model", "Qwen2RMSNorm"),
-    "qwen3": Family("Qwen3Model", "Qwen3RMSNorm"),
-    "qwen2_5_vl_text": Family("Qwen2_5_VLTextModel", "Qwen2_5_VLRMSNorm"),
-    "gemma3_text": Family("Gemma3TextModel", "Gemma3RMSNorm", norm_offset=1.0),
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral", window_from_config=True),
+    "qwen2": Family("Qwen2"),
+    "qwen3": Family("Qwen3"),
+    "qwen2_5_vl_text": Family("Qwen2_5_VL", decoder="TextModel", mlp="Qwen2MLP"),
+    "gemma3_text": Family("Gemma3", decoder="TextModel", norm_offset=1.0),
 }
 """Text `model_type` -> what the engine must know of it."""
 
@@ -88,7 +91,10 @@ def build_plan(model: nn.Module, adapters: tuple[str, ...] = ()) -> Plan:
     if family is None:
         raise Unsupported(f"the family {text.model_type!r} is unknown to it; it knows {', '.join(FAMILIES)}")
     decoder = decoder_of(base)
-    _expect_class(decoder, family.decoder)
+    _expect_class(decoder, family.prefix + family.decoder)
+    device = next(decoder.parameters()).device
+    if device.type != "cpu":
+        raise Unsupported(f"the decoder lies on {device}; it runs on the CPU")
     builder = _Builder(base, decoder, text, family)
     values = builder.model()
     dive = dive_model_of(model)
@@ -119,6 +125,8 @@ class _Builder:
         self.ropes: list[tuple[list[float], float]] = []
         self.rope_index: dict[str | None, int] = {}
         attention = getattr(decoder.layers[0], self.spec.attention)
+        _expect_class(attention, f"{family.prefix}Attention")
+        _expect_class(attention.k_proj, "Linear")
         self.hidden_size, self.head_size = text.hidden_size, attention.head_dim
         self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
         self.cache_dtype = attention.k_proj.weight.dtype
@@ -162,7 +170,10 @@ class _Builder:
         spec, attention, mlp = self.spec, getattr(layer, self.spec.attention), getattr(layer, self.spec.mlp)
         hidden, inner = self.hidden_size, self.text.intermediate_size
         queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
-        where = f"layer {index}"
+        where, prefix = f"layer {index}", self.family.prefix
+        _expect_class(layer, f"{prefix}DecoderLayer")
+        _expect_class(attention, f"{prefix}Attention")
+        _expect_class(mlp, self.family.mlp or f"{prefix}MLP")
         window = (
             self.text.sliding_window if self.family.window_from_config else getattr(attention, "sliding_window", None)
         )
@@ -194,6 +205,7 @@ class _Builder:
     def rope(self, layer_type: str | None) -> int:
         """The place in `ropes` of a layer type's frequencies."""
         rotary = self.decoder.rotary_emb
+        _expect_class(rotary, f"{self.family.prefix}RotaryEmbedding")
         prefix = f"{layer_type}_" if hasattr(rotary, f"{layer_type}_inv_freq") else ""
         if prefix not in self.rope_index:
             kind = rotary.rope_type[layer_type] if prefix else rotary.rope_type
@@ -207,7 +219,7 @@ class _Builder:
         return self.rope_index[prefix]
 
     def norm(self, norm: nn.Module, size: int) -> tuple:
-        _expect_class(norm, self.family.norm)
+        _expect_class(norm, f"{self.family.prefix}RMSNorm")
         eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
         weight = norm.weight.detach()
         if tuple(weight.shape) != (size,):
@@ -279,14 +291,21 @@ def _expect_class(module: nn.Module, *names: str) -> None:
     """The module is transformers' or torch's own of that name, with its own forward."""
     cls = type(module)
     own = cls.__module__.startswith(("transformers.", "torch.nn."))
-    if cls.__name__ not in names or not own or "forward" in vars(module):
+    if "forward" in vars(module):
+        raise Unsupported(f"the forward of a {cls.__name__} was replaced")
+    if cls.__name__ not in names or not own:
         raise Unsupported(f"the model has a {cls.__module__}.{cls.__name__} where it expects {' or '.join(names)}")
 
 
 def _refuse_hooks(base: nn.Module, dive: DiveModel | None) -> None:
-    """Whatever hooks do, the engine would pass them by."""
+    """Whatever hooks do, the engine would pass them by; those that only record what transformers was asked to show may
+    stay, and those of a vision tower run with the prompt."""
     ours = set() if dive is None else {handle.id for handle in dive.hook_handles()}
+    decoder = decoder_of(base)
+    passed_by = {id(m) for part in (decoder, base.get_output_embeddings()) for m in part.modules()}
     for name, module in base.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks)
-        if any(key not in ours for hook in hooks for key in hook):
-            raise Unsupported(f"{name or 'the model'} has forward hooks, which it would pass by")
+        if id(module) not in passed_by and not any(m is decoder for m in module.modules()):
+            continue
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if any(key not in ours and getattr(hook, "__module__", None) != _RECORDING for key, hook in hooks.items()):
+                raise Unsupported(f"{name or 'the model'} has forward hooks, which it would pass by")
