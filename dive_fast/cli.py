@@ -164,9 +164,12 @@ def _generate(commands) -> None:
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0 is all")
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that sum to P")
+    sampling.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="draw from those P times as likely as the top"
+    )
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is none (default)")
     sampling.add_argument("--seed", type=int, metavar="S", help="of the draw")
-    sampling.add_argument("--engine", choices=("transformers",), help="default: the fastest that applies")
+    sampling.add_argument("--engine", choices=("native", "transformers"), help="default: native where it applies")
 
 
 def _evaluate(commands) -> None:

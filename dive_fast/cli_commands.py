@@ -196,8 +196,8 @@ def _trained_on(adapter: str | None) -> str:
 
 
 def _generation_options(args: Namespace) -> dict:
-    lengths, choice = ("max_new_tokens", "min_new_tokens"), ("temperature", "top_k", "top_p", "repetition_penalty")
-    return {name: getattr(args, name) for name in (*lengths, *choice, "seed", "engine")}
+    choice = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return {name: getattr(args, name) for name in ("max_new_tokens", "min_new_tokens", *choice, "engine")}
 
 
 def _predictions(args: Namespace, model, processor, records: Sequence) -> Iterator[dict]:

@@ -29,6 +29,11 @@ from tests.tiny_models import (
 
 ROWS = range(3)
 KINDS = ("lowrank", "fixed", "gated", "reft")
+REQUEST = {
+    "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0, "stream": 0,
+    "eos": [], "min_new_tokens": 0, "log_probs": False,
+}  # fmt: skip
+"""A greedy request of the extension, without its length."""
 
 
 def decode(model, batch, steps, *, eos=(), names=None, sampling=None, max_rows=8, **options):
@@ -52,12 +57,9 @@ def step_logits(model, batch, forced, names=None, **options):
     rows, steps = forced.shape
     session = decoder.session(rows, **options)
     logits = torch.zeros(rows, steps, decoder.plan.values["vocabulary"])
-    shared = {
-        "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0, "stream": 0,
-        "eos": [], "min_new_tokens": 0, "max_new_tokens": steps, "log_probs": False,
-    }  # fmt: skip
     requests = [
-        shared | {"forced": forced[row].tolist(), "forced_logits": logits[row].data_ptr()} for row in range(rows)
+        REQUEST | {"max_new_tokens": steps, "forced": forced[row].tolist(), "forced_logits": logits[row].data_ptr()}
+        for row in range(rows)
     ]
     decoder.submit(session, batch, names, requests)
     session.run(on_token=None, until_free=0)
@@ -308,11 +310,7 @@ def test_a_finished_row_costs_nothing():
     model, batch = tiny_model("llama"), text_batch(2, left_padding=(0, 0))
     decoder = NativeDecoder(model)
     session = decoder.session(2)
-    request = {
-        "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0, "stream": 0,
-        "eos": [], "min_new_tokens": 0, "log_probs": False,
-    }  # fmt: skip
-    decoder.submit(session, batch, None, [request | {"max_new_tokens": 3}, request | {"max_new_tokens": 20}])
+    decoder.submit(session, batch, None, [REQUEST | {"max_new_tokens": n} for n in (3, 20)])
     session.run(on_token=None, until_free=0)
     assert (session.steps, session.rows_run) == (20, 23)
 
@@ -326,14 +324,15 @@ def test_min_new_tokens_bars_eos_and_the_penalty_counts_the_prompt():
     assert ours == theirs
 
 
-def test_log_probabilities_are_those_of_the_model():
-    model, batch = tiny_model("llama"), text_batch(1)
-    decoder = NativeDecoder(model)
-    row = decoder.run([(batch, [0], None)], max_rows=1, sampling=Sampling(temperature=0.7, top_k=20, seed=3), eos=[],
-                      min_new_tokens=0, max_new_tokens=25, log_probs=True)[0]  # fmt: skip
-    tokens = torch.tensor([row.tokens])
-    exact = whole_logits(model, batch, tokens).double().log_softmax(-1).gather(-1, tokens[..., None]).squeeze()
-    assert torch.allclose(torch.tensor(row.log_probs).double(), exact, atol=1e-4)
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_log_probabilities_are_those_of_the_model(engine):
+    model, batch = tiny_model("llama"), text_batch()
+    options = {"temperature": 0.7, "top_k": 20, "seed": 3, "repetition_penalty": 1.2}
+    out = dive_fast.generate(model, batch, max_new_tokens=25, engine=engine, log_probs=True, **options)
+    tokens = torch.stack(out.sequences)
+    exact = whole_logits(model, batch, tokens).double().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    assert torch.allclose(torch.stack(out.log_probs).double(), exact, atol=1e-4)
+    assert dive_fast.generate(model, batch, max_new_tokens=2, engine=engine).log_probs is None
 
 
 def exact_distribution(logits, temperature, top_k, top_p, min_p):
@@ -417,11 +416,7 @@ def test_another_thread_can_cancel():
 
     decoder = NativeDecoder(tiny_model("llama"))
     session = decoder.session(1)
-    request = {
-        "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0, "stream": 0,
-        "eos": [], "min_new_tokens": 0, "log_probs": False, "max_new_tokens": 1_000_000,
-    }  # fmt: skip
-    decoder.submit(session, text_batch(1), None, [request])
+    decoder.submit(session, text_batch(1), None, [REQUEST | {"max_new_tokens": 1_000_000}])
     timer = threading.Timer(0.2, session.cancel)
     timer.start()
     session.run(on_token=None, until_free=0)

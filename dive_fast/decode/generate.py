@@ -33,12 +33,14 @@ class GenerateOutput:
         finish_reasons: "eos", or "length" where `max_new_tokens` ended the row.
         stats: engine ("native" or "transformers"), rows, prompt_tokens, new_tokens, seconds, tokens_per_second (new
             tokens over wall time, prefill included); not_native: why engine=None did not take the native one.
+        log_probs: float32, one per token of `sequences`, if asked for.
     """
 
     sequences: list[torch.Tensor]
     texts: list[str] | None
     finish_reasons: list[str]
     stats: dict
+    log_probs: list[torch.Tensor] | None = None
 
 
 def generate(
@@ -57,6 +59,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     streamer=None,
+    log_probs: bool = False,
     batch_size: int = 8,
     demonstrations: Sequence[Sequence[Record]] | None = None,
 ) -> GenerateOutput:
@@ -78,6 +81,7 @@ def generate(
         seed: of the sampling; None draws on. With the native engine a row's draws depend on the seed and its place
             among the inputs alone, so not on batch_size.
         streamer: a transformers streamer, for a single row.
+        log_probs: also return every token's log-probability under the model's logits, before anything shapes them.
         batch_size: rows run together where records or prompts are given.
         demonstrations: per row, the demonstrations in its context (the k-shot teacher).
 
@@ -94,16 +98,10 @@ def generate(
     encoder = None if processor is None else ReportEncoder(processor, context_length=context)
     batches, order = _batches(inputs, encoder, batch_size, demonstrations)
     rows = len(order)
-    if adapter_names is not None and not hasattr(model, "peft_config"):
-        raise InputError("adapter_names: the model carries no adapters; load one, or leave adapter_names out")
-    if adapter_names is not None and len(adapter_names) != rows:
-        raise InputError(f"adapter_names: expected one name per row ({rows}), got {len(adapter_names)}")
-    if streamer is not None and rows != 1:
-        raise InputError(f"streamer: it shows one row, got {rows}; generate without it or row by row")
-    if seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise InputError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")
-    call = _Call(model, encoder, sampling, min_new_tokens, max_new_tokens, context, adapter_names, streamer, order)
+    _check_rows(model, rows, adapter_names, streamer, seed)
+    call = _Call(
+        model, encoder, sampling, min_new_tokens, max_new_tokens, context, adapter_names, streamer, log_probs, order
+    )
     was_training = model.training
     model.eval()
     start = time.perf_counter()
@@ -117,7 +115,7 @@ def generate(
     finally:
         model.train(was_training)
     seconds = time.perf_counter() - start
-    sequences = [found[row] for row in range(rows)]
+    sequences, likelihoods = zip(*(found[row] for row in range(rows)), strict=True)
     new_tokens = sum(len(s) for s in sequences)
     stats = {
         "engine": "transformers" if decoder is None else "native",
@@ -128,24 +126,32 @@ def generate(
         "tokens_per_second": new_tokens / seconds,
     }
     return GenerateOutput(
-        sequences,
-        None if encoder is None else encoder.tokenizer.batch_decode(sequences, skip_special_tokens=True),
+        list(sequences),
+        None if encoder is None else encoder.tokenizer.batch_decode(list(sequences), skip_special_tokens=True),
         ["eos" if len(s) and int(s[-1]) in call.eos else "length" for s in sequences],
         stats if reason is None else stats | {"not_native": reason},
+        list(likelihoods) if log_probs else None,
     )
 
 
+@dataclass
 class _Call:
     """One call of `generate`, after its arguments were checked."""
 
-    def __init__(
-        self, model, encoder, sampling, min_new_tokens, max_new_tokens, context, adapter_names, streamer, order
-    ):
-        self.model, self.encoder, self.sampling = model, encoder, sampling
-        self.min_new_tokens, self.max_new_tokens, self.context = min_new_tokens, max_new_tokens, context
-        self.adapter_names, self.streamer, self.order = adapter_names, streamer, order
-        self.eos = _eos_ids(model, encoder)
-        self.prompt_tokens = 0
+    model: nn.Module
+    encoder: ReportEncoder | None
+    sampling: Sampling
+    min_new_tokens: int
+    max_new_tokens: int
+    context: int
+    adapter_names: Sequence[str] | None
+    streamer: object
+    log_probs: bool
+    order: list[int]
+    prompt_tokens: int = 0
+
+    def __post_init__(self):
+        self.eos = _eos_ids(self.model, self.encoder)
 
     def seed(self, seed: int | None) -> None:
         """Without a seed the draws follow torch's generator, as everything random in a torch program does."""
@@ -181,7 +187,7 @@ def _native_decoder(engine: str | None, call: _Call, inputs) -> tuple[NativeDeco
         return None, str(reason)
 
 
-def _by_engine(call: _Call, decoder: NativeDecoder, batches, max_rows: int) -> dict[int, torch.Tensor]:
+def _by_engine(call: _Call, decoder: NativeDecoder, batches, max_rows: int) -> dict[int, tuple]:
     streamer, on_token = call.streamer, None
     if streamer is not None:
 
@@ -201,22 +207,27 @@ def _by_engine(call: _Call, decoder: NativeDecoder, batches, max_rows: int) -> d
         eos=call.eos,
         min_new_tokens=call.min_new_tokens,
         max_new_tokens=call.max_new_tokens,
+        log_probs=call.log_probs,
         on_token=on_token,
     )
     if streamer is not None:
         streamer.end()
-    return {number: torch.tensor(row.tokens, dtype=torch.long) for number, row in found.items()}
+    return {
+        number: (torch.tensor(row.tokens, dtype=torch.long), torch.tensor(row.log_probs))
+        for number, row in found.items()
+    }
 
 
-def _by_transformers(call: _Call, batches) -> dict[int, torch.Tensor]:
+def _by_transformers(call: _Call, batches) -> dict[int, tuple]:
     s = call.sampling
     options = transformers_options(
         call.max_new_tokens, call.min_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty
     )
     pad = call.encoder.pad_token_id if call.encoder is not None else min(call.eos, default=0)
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, tuple] = {}
     for batch, rows, names in call.batches(batches):
-        found.update(zip(rows, run_batch(call.model, batch, options, call.eos, pad, names, call.streamer), strict=True))
+        done = run_batch(call.model, batch, options, call.eos, pad, names, call.streamer, call.log_probs)
+        found.update(zip(rows, done, strict=True))
     return found
 
 
@@ -246,6 +257,18 @@ def _check_options(max_new_tokens, min_new_tokens, temperature, top_k, top_p, mi
         raise InputError(
             "top_k, top_p, min_p: they shape sampling, and temperature=0 is greedy; give a temperature > 0"
         )
+
+
+def _check_rows(model, rows: int, adapter_names, streamer, seed) -> None:
+    if adapter_names is not None and not hasattr(model, "peft_config"):
+        raise InputError("adapter_names: the model carries no adapters; load one, or leave adapter_names out")
+    if adapter_names is not None and len(adapter_names) != rows:
+        raise InputError(f"adapter_names: expected one name per row ({rows}), got {len(adapter_names)}")
+    if streamer is not None and rows != 1:
+        raise InputError(f"streamer: it shows one row, got {rows}; generate without it or row by row")
+    if seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise InputError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")
 
 
 def _batches(inputs, encoder: ReportEncoder | None, batch_size: int, demonstrations):

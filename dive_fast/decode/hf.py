@@ -23,18 +23,23 @@ def transformers_options(
 
 @torch.no_grad()
 def run_batch(
-    model, batch: dict, options: dict, eos: set[int], pad: int, adapter_names, streamer
-) -> list[torch.Tensor]:
-    """The new tokens of every row of a batch, each up to and including its EOS."""
+    model, batch: dict, options: dict, eos: set[int], pad: int, adapter_names, streamer, log_probs: bool
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Every row's new tokens, up to and including its EOS, and their log-probabilities under the unshaped logits."""
     device = next(model.parameters()).device
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     extra = {} if adapter_names is None else {"adapter_names": adapter_names}
     if streamer is not None:
         extra["streamer"] = streamer
     options = options | {"eos_token_id": sorted(eos) or None, "pad_token_id": pad}
-    out = model.generate(**batch, **options, **extra)
-    new = out[:, batch["input_ids"].shape[1] :].cpu()
-    return [_until_eos(row, eos) for row in new]
+    out = model.generate(**batch, **options, **extra, return_dict_in_generate=True, output_logits=log_probs)
+    new = out.sequences[:, batch["input_ids"].shape[1] :]
+    found = [None] * len(new)
+    if log_probs:
+        steps = [x.float().log_softmax(-1).gather(-1, new[:, i, None]) for i, x in enumerate(out.logits)]
+        found = torch.cat(steps, dim=1).cpu()
+    rows = [_until_eos(row, eos) for row in new.cpu()]
+    return [(row, None if p is None else p[: len(row)].clone()) for row, p in zip(rows, found, strict=True)]
 
 
 def _until_eos(row: torch.Tensor, eos: set[int]) -> torch.Tensor:
