@@ -2,17 +2,23 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <utility>
 
 namespace dive::engine {
 namespace {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
+// The draw walks over sums of this many weights, then over the weights of one of them.
+constexpr std::int64_t kBlock = 256;
+
 struct Candidate {
   std::int64_t token;
-  double weight;  // proportional to its probability
+  float weight;  // proportional to its probability
 };
 
 bool likelier(const Candidate& a, const Candidate& b) {
@@ -43,21 +49,50 @@ float kth_largest(const float* logits, std::int64_t vocabulary, std::int64_t k) 
   return sorted[k - 1];
 }
 
-std::vector<Candidate> candidates(const Sampling& sampling, const float* logits, std::int64_t vocabulary, float top) {
-  float lowest = kNever;
-  if (sampling.top_k > 0 && sampling.top_k < vocabulary) lowest = kth_largest(logits, vocabulary, sampling.top_k);
-  std::vector<Candidate> kept;
-  for (std::int64_t v = 0; v < vocabulary; ++v) {
-    if (!(logits[v] >= lowest) || logits[v] == kNever) continue;
-    kept.push_back({v, std::exp((logits[v] - top) / sampling.temperature)});
-  }
-  return kept;
+// e^x for x <= 0, within 2 units in the last place; 0 below -87 and for NaN. Without branches or calls, so that a loop
+// over a vocabulary becomes vector instructions; constants and method are those of csrc/cpu/vec.h.
+inline float exp_of_negative(float x) {
+  const float in = x > -87.0f ? x : -87.0f;
+  const float shifter = 12582912.0f;
+  const float shifted = in * 1.44269504088896341f + shifter;
+  const float n = shifted - shifter;
+  const float f = (in - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * (f * f) + f + 1.0f;
+  const std::int32_t exponent = std::bit_cast<std::int32_t>(shifted) - std::bit_cast<std::int32_t>(shifter);
+  const float power = std::bit_cast<float>((exponent + 127) << 23);
+  return x > -87.0f ? p * power : 0.0f;
 }
 
+// exp((logit - top) / temperature), 0 below `lowest`; and the sums of blocks of them.
+struct Weights {
+  std::vector<float> each;
+  std::vector<double> blocks;
+  double total = 0;
+
+  Weights(const float* logits, std::int64_t vocabulary, float top, float temperature, float lowest)
+      : each(vocabulary), blocks((vocabulary + kBlock - 1) / kBlock) {
+    const float factor = 1.0f / temperature;
+    for (std::int64_t v = 0; v < vocabulary; ++v) {
+      const float weight = exp_of_negative((logits[v] - top) * factor);
+      each[v] = logits[v] >= lowest ? weight : 0.0f;
+    }
+    for (std::size_t b = 0; b < blocks.size(); ++b) {
+      const std::int64_t end = std::min<std::int64_t>(vocabulary, (b + 1) * kBlock);
+      for (std::int64_t v = b * kBlock; v < end; ++v) blocks[b] += each[v];
+      total += blocks[b];
+    }
+  }
+};
+
 // Sorts only as far as the mass asks for: the tokens that matter are mostly few among tens of thousands.
-void keep_top_p(std::vector<Candidate>& kept, float top_p) {
-  double total = 0, mass = 0;
-  for (const Candidate& c : kept) total += c.weight;
+void keep_top_p(std::vector<Candidate>& kept, double wanted) {
+  double mass = 0;
   std::size_t sorted = 0;
   for (std::size_t width = 64; sorted < kept.size(); width *= 8) {
     const std::size_t end = std::min(kept.size(), sorted + width);
@@ -65,18 +100,12 @@ void keep_top_p(std::vector<Candidate>& kept, float top_p) {
     std::sort(kept.begin() + sorted, kept.begin() + end, likelier);
     for (; sorted < end; ++sorted) {
       mass += kept[sorted].weight;
-      if (mass >= top_p * total) {
+      if (mass >= wanted) {
         kept.resize(sorted + 1);
         return;
       }
     }
   }
-}
-
-void keep_min_p(std::vector<Candidate>& kept, float min_p) {
-  double most = 0;
-  for (const Candidate& c : kept) most = std::max(most, c.weight);
-  std::erase_if(kept, [&](const Candidate& c) { return c.weight < min_p * most; });
 }
 
 std::int64_t draw(const std::vector<Candidate>& kept, double u) {
@@ -87,6 +116,41 @@ std::int64_t draw(const std::vector<Candidate>& kept, double u) {
     if (passed > u * total) return c.token;
   }
   return kept.back().token;
+}
+
+std::int64_t draw(const Weights& weights, double u) {
+  const std::int64_t vocabulary = static_cast<std::int64_t>(weights.each.size());
+  double passed = 0;
+  std::int64_t last = 0;
+  for (std::size_t b = 0; b < weights.blocks.size(); ++b) {
+    if (passed + weights.blocks[b] <= u * weights.total) {
+      passed += weights.blocks[b];
+      continue;
+    }
+    const std::int64_t end = std::min<std::int64_t>(vocabulary, (b + 1) * kBlock);
+    for (std::int64_t v = b * kBlock; v < end; ++v) {
+      passed += weights.each[v];
+      if (weights.each[v] > 0.0f) last = v;
+      if (passed > u * weights.total) return v;
+    }
+  }
+  return last;
+}
+
+std::int64_t sampled(const Sampling& sampling, const float* logits, std::int64_t vocabulary, float top, double u) {
+  float lowest = kNever;
+  if (sampling.top_k > 0 && sampling.top_k < vocabulary) lowest = kth_largest(logits, vocabulary, sampling.top_k);
+  const Weights weights(logits, vocabulary, top, sampling.temperature, lowest);
+  if (sampling.top_p >= 1 && sampling.min_p <= 0) return draw(weights, u);
+  // All tokens below this weight together hold less than what top_p leaves out, and the likeliest token weighs 1.
+  const double left_out = sampling.top_p < 1 ? (1.0 - sampling.top_p) * weights.total : 0.0;
+  const double least = std::max<double>(left_out / vocabulary, sampling.min_p);
+  std::vector<Candidate> kept;
+  for (std::int64_t v = 0; v < vocabulary; ++v) {
+    if (weights.each[v] > 0.0f && weights.each[v] >= least) kept.push_back({v, weights.each[v]});
+  }
+  if (sampling.top_p < 1) keep_top_p(kept, sampling.top_p * weights.total);
+  return draw(kept, u);
 }
 
 }  // namespace
@@ -125,14 +189,9 @@ Choice choose(const Sampling& sampling, float* logits, std::int64_t vocabulary, 
   }
   for (const std::int64_t token : barred) change(token, kNever);
   std::int64_t token = penalized || !barred.empty() ? largest(logits, vocabulary) : likeliest;
-  if (sampling.temperature > 0 && logits[token] > kNever) {
-    std::vector<Candidate> kept = candidates(sampling, logits, vocabulary, logits[token]);
-    if (sampling.top_p < 1) keep_top_p(kept, sampling.top_p);
-    if (sampling.min_p > 0) keep_min_p(kept, sampling.min_p);
-    // An infinite logit leaves no weights to draw by.
-    if (!kept.empty() && std::isfinite(logits[token])) {
-      token = draw(kept, uniform(sampling.seed, sampling.stream, step));
-    }
+  // An infinite logit, or nothing but barred tokens, leaves no weights to draw by.
+  if (sampling.temperature > 0 && std::isfinite(logits[token])) {
+    token = sampled(sampling, logits, vocabulary, logits[token], uniform(sampling.seed, sampling.stream, step));
   }
   float logit = logits[token];
   for (auto it = changed.rbegin(); it != changed.rend(); ++it) {
