@@ -87,7 +87,7 @@ void run_team(int threads, Isa isa, const std::function<void(const Worker&)>& bo
   thread_local std::vector<float> scratch;
   std::vector<float>* const shared = &scratch;
   Barrier barrier(threads);
-  parallel(threads, [&](int index) { body({index, threads, isa, &barrier, shared}); });
+  parallel_together(threads, [&](int index) { body({index, threads, isa, &barrier, shared}); });
 }
 
 void project(const Worker& worker, const Weight* const* weights, int count, const float* x, int batch,

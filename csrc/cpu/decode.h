@@ -45,7 +45,7 @@ struct Worker {
   }
 };
 
-// Runs body(worker) on `threads` threads within one parallel() call.
+// Runs body(worker) on `threads` threads within one parallel_together() call.
 void run_team(int threads, Isa isa, const std::function<void(const Worker&)>& body);
 
 // outputs[i][b][n] = sum over k of x[b][k] * weights[i][n][k] + bias[n]: `count` matrices over the same x, each read

@@ -139,4 +139,12 @@ void parallel(int threads, const std::function<void(int)>& task) {
   }
 }
 
+void parallel_together(int threads, const std::function<void(int)>& task) {
+  if (threads <= 1) {
+    task(0);
+  } else {
+    pool().run(threads, task);
+  }
+}
+
 }  // namespace dive::cpu
