@@ -20,7 +20,6 @@ template <class Element>
 inline void score_positions(const AttentionShape& shape, const float* q, int heads, const Element* keys, int count,
                             float (*scores)[kPositions]) {
   const std::int64_t E = shape.head_size;
-  const std::int64_t ahead = kPositions * E * static_cast<std::int64_t>(sizeof(Element));
   vi lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   for (int s = 0; s < kPositions; s += kLanes) {
@@ -33,7 +32,8 @@ inline void score_positions(const AttentionShape& shape, const float* q, int hea
       const int some = heads - h < kBatchTile ? heads - h : kBatchTile;
       vf found[kBatchTile];
       // The next block's keys come while this one's scores are computed.
-      dot_block(keys + s * E, E, rows, q + h * E, some, E, Prefetch{ahead, h ? -1 : 0, 1}, found);
+      const auto* ahead = h ? nullptr : reinterpret_cast<const char*>(keys + (s + kPositions) * E);
+      dot_block(keys + s * E, E, rows, q + h * E, some, E, ahead, found);
       for (int i = 0; i < some; ++i) {
         vf score = found[i] * splat(shape.scale);
         if (shape.softcap > 0) score = splat(shape.softcap) * tanh(score / splat(shape.softcap));

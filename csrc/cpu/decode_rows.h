@@ -44,6 +44,8 @@ template <typename Element>
   }
 }
 
+inline constexpr std::int64_t kLineBytes = 64;
+
 // Calls f with a null pointer of the elements' type.
 template <class F>
 inline void with_elements(DType dtype, bool int8, F f) {
@@ -60,11 +62,11 @@ inline void with_elements(DType dtype, bool int8, F f) {
 
 // Sums over the columns, one vector of partial sums per row of weights and row of x, in the same order whatever kR and
 // kB are: that is what makes a row's result independent of its batch.
-template <int kR, int kB, bool kPrefetch, class Element>
+template <int kR, int kB, bool kAsk, class Element>
 [[gnu::always_inline]] inline void dot_tile(const Element* w, std::int64_t w_stride, const float* x,
-                                            std::int64_t columns, std::int64_t ahead, vf* totals) {
-  // Vectors in a cache line of weights, for one prefetch each; four steps at a time at most, lest the code grow.
-  constexpr int kLine = 64 / static_cast<int>(kLanes * sizeof(Element));
+                                            std::int64_t columns, const char* ahead, vf* totals) {
+  // Vectors in a cache line of weights; four steps at a time at most, lest the code grow.
+  constexpr int kLine = kLineBytes / static_cast<int>(kLanes * sizeof(Element));
   constexpr int kSteps = kLine < 1 ? 1 : kLine > 4 ? 4 : kLine;
   vf sums[kB][kR];
   unroll<kB>([&](auto b) { unroll<kR>([&](auto r) { sums[b][r] = vf{}; }); });
@@ -79,11 +81,7 @@ template <int kR, int kB, bool kPrefetch, class Element>
   const auto whole = [](auto* p) __attribute__((always_inline)) { return load(p); };
   std::int64_t k = 0;
   for (; k + kSteps * kLanes <= columns; k += kSteps * kLanes) {
-    if (kPrefetch) {
-      unroll<kR>([&](auto r) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w + r * w_stride + k) + ahead);
-      });
-    }
+    if (kAsk) __builtin_prefetch(ahead + k * static_cast<std::int64_t>(sizeof(Element)));
     unroll<kSteps>([&](auto step) { add(k + step * kLanes, whole); });
   }
   for (; k + kLanes <= columns; k += kLanes) add(k, whole);
@@ -94,15 +92,9 @@ template <int kR, int kB, bool kPrefetch, class Element>
   unroll<kB>([&](auto b) { unroll<kR>([&](auto r) { totals[b * kLanes + r] = sums[b][r]; }); });
 }
 
-// Where dot_block asks for memory ahead of its use: `bytes` beyond each row that it reads, in those of its tiles that
-// belong to `part` of `parts`.
-struct Prefetch {
-  std::int64_t bytes;
-  int part, parts;
-};
-
-// A single vector is read against one row after the other: with memory as the limit nothing is faster than one stream.
-// More of them share a tile of rows, whose sums are what the registers hold (32 with AVX-512, 16 without).
+// Rows of weights that are read side by side once they are in L1: their sums are what the registers hold (32 with
+// AVX-512, 16 without). From memory they are read one after the other, because the processor's own prefetching follows
+// one stream at the full speed of the memory, and four of them at half of it.
 #if defined(__AVX512F__)
 inline constexpr int kRowTile = 4;
 #else
@@ -110,41 +102,36 @@ inline constexpr int kRowTile = 2;
 #endif
 
 // out[b] = scalar products of x[b] with `rows` <= kLanes rows of weights, lane by lane, zeros in the lanes after them.
-template <int kB, class Element>
+// kR rows are read side by side; with one, memory is asked for from `ahead` on, as many bytes as are read.
+template <int kR, int kB, class Element>
 inline void dot_block(const Element* w, std::int64_t w_stride, int rows, const float* x, std::int64_t columns,
-                      Prefetch prefetch, vf* out) {
-  constexpr int kR = kB == 1 && sizeof(Element) > 1 ? 1 : kRowTile;
+                      const char* ahead, vf* out) {
   vf totals[kB * kLanes];
   int r = 0;
   for (; r + kR <= rows; r += kR) {
-    const Element* tile = w + r * w_stride;
-    if (r * prefetch.parts / kLanes == prefetch.part) {
-      dot_tile<kR, kB, true>(tile, w_stride, x, columns, prefetch.bytes, totals + r);
-    } else {
-      dot_tile<kR, kB, false>(tile, w_stride, x, columns, 0, totals + r);
-    }
+    dot_tile<kR, kB, kR == 1>(w + r * w_stride, w_stride, x, columns, ahead, totals + r);
+    ahead += w_stride * static_cast<std::int64_t>(sizeof(Element));
   }
-  for (; r < rows; ++r) dot_tile<1, kB, false>(w + r * w_stride, w_stride, x, columns, 0, totals + r);
+  for (; r < rows; ++r) dot_tile<1, kB, false>(w + r * w_stride, w_stride, x, columns, nullptr, totals + r);
   if (rows < kLanes) {
     for (; r < kLanes; ++r) unroll<kB>([&](auto b) { totals[b * kLanes + r] = vf{}; });
   }
   for (int b = 0; b < kB; ++b) out[b] = sums(totals + b * kLanes);
 }
 
+// The same for `batch` <= kBatchTile rows of x. `ahead` is null where the weights are in L1.
 template <class Element>
 inline void dot_block(const Element* w, std::int64_t w_stride, int rows, const float* x, int batch,
-                      std::int64_t columns, Prefetch prefetch, vf* out) {
+                      std::int64_t columns, const char* ahead, vf* out) {
+  const auto with = [&](auto kB) {
+    if (ahead) return dot_block<1, kB>(w, w_stride, rows, x, columns, ahead, out);
+    return dot_block<kRowTile, kB>(w, w_stride, rows, x, columns, ahead, out);
+  };
   static_assert(kBatchTile == 4);
-  switch (batch) {
-    case 1:
-      return dot_block<1>(w, w_stride, rows, x, columns, prefetch, out);
-    case 2:
-      return dot_block<2>(w, w_stride, rows, x, columns, prefetch, out);
-    case 3:
-      return dot_block<3>(w, w_stride, rows, x, columns, prefetch, out);
-    default:
-      return dot_block<4>(w, w_stride, rows, x, columns, prefetch, out);
-  }
+  if (batch == 1) return with(std::integral_constant<int, 1>{});
+  if (batch == 2) return with(std::integral_constant<int, 2>{});
+  if (batch == 3) return with(std::integral_constant<int, 3>{});
+  return with(std::integral_constant<int, 4>{});
 }
 
 inline vf sigmoid(vf x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
