@@ -92,8 +92,8 @@ def test_the_bytes_of_a_step_are_those_of_its_parts():
     # Every matrix counts once: the head is the embedding. Norms are nothing beside them, and only counted for theirs.
     assert ours.weights == sum(weight.nbytes for weight in weights.values() if weight.dim() == 2)
     assert theirs.weights == sum(weight.nbytes for weight in weights.values())
-    # Two layers, down and up of rank 4 at 64 numbers of 4 bytes.
-    assert ours.adapters == 2 * 2 * 4 * 64 * 4
+    # Two layers, down and up of rank 4 and one vector, of 64 numbers of 4 bytes.
+    assert ours.adapters == 2 * (4 + 4 + 1) * 64 * 4
     # Two layers, keys and values, two heads of 16 numbers of 4 bytes; 5 to 8 positions on each of two rows.
     assert ours.cache == theirs.cache == 2 * 2 * 2 * 16 * 4 * 2 * 6.5
 
