@@ -11,7 +11,7 @@ import torch
 from dive_fast import doctor
 
 ROOT = Path(__file__).parents[1]
-PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "llama-cpp-python")
 
 
 @functools.cache

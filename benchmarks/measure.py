@@ -16,6 +16,9 @@ import torch
 # Written between rounds on a GPU, to push the operands out of its L2 cache: 50 MB on an H100, 126 MB on a B200.
 FLUSH_BYTES = 256 * 2**20
 RESAMPLES = 2000
+# OpenMP's threads keep spinning for milliseconds behind their work, and what has threads of its own would run beside
+# them. Measured on two cores: decoding for 90 ms directly behind an OpenMP region took 8 % longer than behind a pause.
+SETTLE_SECONDS = 0.02
 
 
 class Scale(NamedTuple):
@@ -77,8 +80,9 @@ def _flush_buffer() -> torch.Tensor:
     return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
 
-def seconds(function: Callable[[], object], device: str) -> float:
-    """One call's time."""
+def seconds(function: Callable[[], object], device: str, pause: float = 0.0) -> float:
+    """One call's time, after a pause."""
+    time.sleep(pause)
     flush(device)
     read = clock(device)
     start = read()
@@ -86,8 +90,16 @@ def seconds(function: Callable[[], object], device: str) -> float:
     return read() - start
 
 
+def prepare(functions: Collection[Callable[[], object]]) -> None:
+    """Calls the method `prepare` of those that have one: what each of their rounds needs and nobody times."""
+    for function in functions:
+        if hasattr(function, "prepare"):
+            function.prepare()
+
+
 def rounds(functions: Collection[Callable[[], object]], device: str, scale: Scale) -> int:
     """How many rounds of all these to run, by one call of each, which also warms up."""
+    prepare(functions)
     once = sum(seconds(function, device) for function in functions)
     least = min(scale.least_rounds, scale.patience / once)
     return int(min(max(scale.seconds / once, least, 2), scale.most_rounds))
@@ -121,10 +133,12 @@ def paired(
     others: Mapping[str, Callable[[], object]],
     device: str,
     scale: Scale,
+    pause: float = 0.0,
 ) -> dict[str, Ratio]:
     """Runs the others and `function` in turn, A B C A B C ..., and compares round by round.
 
-    pytest-benchmark's fixture gets the times of `function`.
+    Those that have a method `prepare` are prepared in front of every round, which is not timed. `pause` seconds pass
+    before every call. pytest-benchmark's fixture gets the times of `function`.
 
     Returns:
         name -> time of `function` : time of the other one.
@@ -133,8 +147,10 @@ def paired(
     times = {name: [] for name in others}
 
     def run_the_others():
+        prepare([function, *others.values()])
         for name, other in others.items():
-            times[name].append(seconds(other, device))
+            times[name].append(seconds(other, device, pause))
+        time.sleep(pause)
         flush(device)
 
     benchmark.pedantic(function, setup=run_the_others, rounds=wanted)
@@ -172,7 +188,7 @@ def peak_memory(function: Callable[[], Sequence[torch.Tensor]], device: str) -> 
         torch.cuda.synchronize()
         peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
         return Memory(peak - before, after - before - _size(found), "allocator"), found
-    _return_free_memory()
+    return_free_memory()
     before = psutil.Process().memory_info().rss
     if _reset_high_water_mark():
         found = function()
@@ -180,7 +196,7 @@ def peak_memory(function: Callable[[], Sequence[torch.Tensor]], device: str) -> 
     else:
         peak, found = _sampled_peak(function)
         method = "sampled"
-    _return_free_memory()
+    return_free_memory()
     after = psutil.Process().memory_info().rss
     return Memory(max(0, peak - before), max(0, after - before - _size(found)), method), found
 
@@ -189,7 +205,7 @@ def _size(tensors: Sequence[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Gives freed heap back, or it would be used again without showing in the resident set (glibc keeps it)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

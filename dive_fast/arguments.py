@@ -19,6 +19,8 @@ LOWEST = {
     "adam_epsilon": 0,
     "warmup_steps": 0,
     "prompt_cache_bytes": 0,
+    "eval_reports": 0,
+    "eval_max_new_tokens": 1,
     "seed": 0,
     "dataloader_num_workers": 0,
     "per_device_train_batch_size": 1,
@@ -46,6 +48,10 @@ class DiveTrainingArguments(TrainingArguments):
     selective_checkpointing: bool = field(
         default=False, metadata={"help": "compute all but products and attention again in the backward pass"}
     )
+    eval_reports: int = field(
+        default=0, metadata={"help": "write and score so many held-out reports at every evaluation; 0: none"}
+    )
+    eval_max_new_tokens: int = field(default=256, metadata={"help": "length limit of the reports of eval_reports"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "records are not columns; keep False"})
 
     ddp_find_unused_parameters: bool | None = field(
@@ -100,7 +106,7 @@ def _check_ranges(arguments: TrainingArguments) -> None:
         value = getattr(arguments, name)
         if value is not None and not least <= value < math.inf:
             raise InputError(f"{name}: expected a number >= {least}, got {value}")
-        if least == 1 and value is not None and not isinstance(value, int):
+        if (least == 1 or name == "eval_reports") and value is not None and not isinstance(value, int):
             raise InputError(f"{name}: expected a whole number, got {value}")
     if arguments.seed >= 2**32:
         raise InputError(f"seed: expected a whole number below 2**32, got {arguments.seed}")

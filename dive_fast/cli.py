@@ -140,7 +140,7 @@ def _generate(commands) -> None:
         "generate",
         "write reports with a model and an adapter",
         "Write reports: for every record of a data set into a JSON-lines file (id, prompt, prediction,\n"
-        "reference, finish_reason), or for one prompt onto the terminal as it is written.",
+        "reference, finish_reason, engine), or for one prompt onto the terminal as it is written.",
         "  dive-fast generate --adapter runs/first --data open_i split=test --limit 100 --output predictions.jsonl\n"
         "  dive-fast generate --model smollm2 --data my_reports.jsonl --output zero_shot.jsonl\n"
         '  dive-fast generate --adapter runs/first --prompt "Indication: cough. Describe the findings."\n'

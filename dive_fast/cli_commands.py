@@ -213,6 +213,7 @@ def _predictions(args: Namespace, model, processor, records: Sequence) -> Iterat
                 "prediction": text,
                 "reference": record.report,
                 "finish_reason": reason,
+                "engine": output.stats["engine"],
             }
 
 

@@ -286,6 +286,7 @@ def _score(
         "trainable_parameters": 0,
         "train_seconds": None,
         "generate_seconds": seconds,
+        "engine": written.stats["engine"],
         "history": [],
         "finish": {r: written.finish_reasons.count(r) / len(records) for r in ("eos", "length")},
         "lengths": [len(text.split()) for text in written.texts],

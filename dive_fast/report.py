@@ -8,7 +8,7 @@ escapes every string that comes from data. A section whose numbers are missing f
     {"title", "created", "command", "protocol", "run": {...}, "environment": {...}, "reference_lengths": [int],
      "data": {"name", "licence", "train", "eval", "unseen"},
      "systems": [{"name", "label", "role": "baseline" | "teacher" | "adapter", "description", "trainable_parameters",
-                  "train_seconds", "generate_seconds", "history": [{"step", "loss" | "eval_loss"}],
+                  "train_seconds", "generate_seconds", "engine", "history": [{"step", "loss" | "eval_loss"}],
                   "perplexity", "perplexity_interval": [low, high], "scores": {name: float},
                   "intervals": {name: [low, high]}, "finish": {"eos": share, "length": share}, "lengths": [words],
                   "unseen": {"n", "perplexity", "perplexity_interval", "scores", "intervals"},

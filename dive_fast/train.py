@@ -39,7 +39,8 @@ class TrainResult:
 
     Attributes:
         adapter_dir: `peft.PeftModel.from_pretrained` and `dive_fast.load` read it.
-        metrics: train_loss, train_runtime and, with an eval set, eval_loss and eval_perplexity.
+        metrics: train_loss, train_runtime and, with an eval set, eval_loss and eval_perplexity; with `eval_reports`
+            also eval_rouge_l, eval_decisive_f1 and eval_terminated (0..1).
         history: one dict per log entry: step, loss, learning_rate, grad_norm; eval entries among them.
         model: the trained PEFT model, in eval mode.
     """

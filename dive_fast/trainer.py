@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import Trainer
 
-from dive_fast import checkpoints, ops
+from dive_fast import checkpoints, eval_reports, ops
 from dive_fast.data.collator import IGNORED, ReportCollator
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.data.record import Record
@@ -44,6 +44,8 @@ class DiveTrainer(Trainer):
         teacher: TeacherRunner | None,
         **options,
     ):
+        if getattr(args, "eval_reports", 0):
+            eval_reports.check(eval_records, encoder, args)
         names = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
         compilation = {name: getattr(args, name) for name in names}
         for name in names:  # layers are compiled below, not the model as a whole
@@ -68,6 +70,7 @@ class DiveTrainer(Trainer):
         # Both say that compute_loss has normalised over the whole step already (the first for older releases).
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self.encoder = encoder
         self.supervision = supervision
         self.teacher = teacher
         base = model.get_base_model()
@@ -160,7 +163,8 @@ class DiveTrainer(Trainer):
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Held-out negative log-likelihood per token (plain, unweighted) and perplexity."""
+        """Held-out negative log-likelihood per token (plain, unweighted) and perplexity; with `eval_reports`, scores of
+        reports that the model writes."""
         model, nll, tokens = self.model, 0.0, 0
         model.eval()
         for batch in self.get_eval_dataloader(eval_dataset):
@@ -172,6 +176,10 @@ class DiveTrainer(Trainer):
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": float(torch.tensor(loss).exp()),
         }
+        if getattr(self.args, "eval_reports", 0):
+            records = self.eval_dataset if eval_dataset is None else eval_dataset
+            scores = eval_reports.write_and_score(model, records, self.encoder, self.args)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -30,7 +30,8 @@ def system(name: str, label: str, role: str, perplexity: float, **more) -> dict:
     ]  # fmt: skip
     return {
         "name": name, "label": label, "role": role, "trainable_parameters": 0, "train_seconds": None,
-        "generate_seconds": 41.5, "history": [], **measured, "finish": {"eos": min(1.0, 1.6 * skill), "length": 0.0},
+        "generate_seconds": 41.5, "engine": "native", "history": [], **measured,
+        "finish": {"eos": min(1.0, 1.6 * skill), "length": 0.0},
         "unseen": {"n": 36, **measured}, "samples": samples,
         "lengths": [round(22 + 14 * math.sin(i * perplexity)) + i % 9 for i in range(64)], **more,
     }  # fmt: skip

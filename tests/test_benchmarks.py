@@ -58,6 +58,89 @@ def test_the_gpu_part_says_that_it_is_skipped():
     assert " skipped" in outcome.stdout and " passed" not in outcome.stdout and "no CUDA device" in outcome.stdout
 
 
+def test_decoding_is_measured_at_smoke_scale(tmp_path):
+    results = tmp_path / "results.json"
+    chosen = "test_decode.py and (float32 or ratios or different or llama)"
+    outcome = run_suite("--scale", "smoke", "--results", str(results), "-k", chosen)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert "llama.cpp Q4_1: there is no GGUF" in outcome.stdout
+    groups = {}
+    for record in json.loads(results.read_text())["records"]:
+        groups.setdefault(record["group"].split()[1] if " " in record["group"] else "", []).append(record)
+    for record in groups["tiny-float32-B2"]:
+        # The rate is the work over the median time.
+        assert record["bytes"] == record["weight_bytes"] + record["adapter_bytes"] + record["cache_bytes"]
+        assert record["tokens_per_second"] == pytest.approx(2 * 6 / record["seconds"]["median"])
+        assert 0 < record["share_of_read_limit"]["low"] <= record["share_of_read_limit"]["high"]
+        assert record["first_token_seconds"] > 0 and record["logit_error"] <= 1e-4
+    assert "memory_beyond_weights_and_cache" in groups["tiny-float32-B2"][0]
+    assert set(groups["ratios"][0]["ratios"]) >= {"transformers", "transformers float32", "reading its bytes"}
+    for record in groups["steering"]:
+        overhead, ratio = record["overhead_percent"], record["ratios"]["unsteered"]
+        assert record["steering"] == "lowrank-r4-different"
+        assert overhead["median"] == pytest.approx(100 * (ratio["median"] - 1))
+
+
+def test_the_bytes_of_a_step_are_those_of_its_parts():
+    from benchmarks import decode_peers
+    from benchmarks.decode_problems import Steering
+
+    tiny = decode_problem()
+    ours = decode_peers.Native(tiny, Steering("lowrank", 4))
+    theirs = decode_peers.Transformers(tiny, Steering("lowrank", 4))
+    weights = {name: weight for name, weight in ours.model.named_parameters() if "dive_" not in name}
+    # Every matrix counts once: the head is the embedding. Norms are nothing beside them, and only counted for theirs.
+    assert ours.weights == sum(weight.nbytes for weight in weights.values() if weight.dim() == 2)
+    assert theirs.weights == sum(weight.nbytes for weight in weights.values())
+    # Two layers, down and up of rank 4 and one vector, of 64 numbers of 4 bytes.
+    assert ours.adapters == 2 * (4 + 4 + 1) * 64 * 4
+    # Two layers, keys and values, two heads of 16 numbers of 4 bytes; 5 to 8 positions on each of two rows.
+    assert ours.cache == theirs.cache == 2 * 2 * 2 * 16 * 4 * 2 * 6.5
+
+
+def decode_problem():
+    from benchmarks.decode_problems import Problem as DecodeProblem
+
+    return DecodeProblem("tiny", 2, torch.float32, prompt_tokens=5, new_tokens=4)
+
+
+class FalseDecoding:
+    """Decodes rightly, then changes a token or the logits."""
+
+    def __init__(self, change_tokens=lambda tokens: tokens, change_logits=lambda logits: logits):
+        from benchmarks import decode_peers
+        from benchmarks.decode_problems import UNSTEERED
+
+        self.right = decode_peers.Native(decode_problem(), UNSTEERED)
+        self.prepare, self.change_tokens, self.change_logits = self.right.prepare, change_tokens, change_logits
+
+    def __call__(self):
+        return self.change_tokens(self.right())
+
+    def logits(self, forced):
+        return self.change_logits(self.right.logits(forced))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({}, None),
+        ({"change_tokens": lambda tokens: [[(token + 1) % 300 for token in row] for row in tokens]}, "falls short"),
+        ({"change_tokens": lambda tokens: [row[:-1] for row in tokens]}, "tokens"),
+        ({"change_logits": lambda logits: logits * 1.001}, "wrong by"),
+        ({"change_logits": lambda logits: logits * torch.nan}, "wrong by"),
+    ],
+)
+def test_wrong_decoding_is_not_timed(changes, complaint):
+    from benchmarks.decode_problems import UNSTEERED, check
+
+    if complaint is None:
+        check(FalseDecoding(), False, decode_problem(), UNSTEERED)
+        return
+    with pytest.raises(AssertionError, match=complaint):
+        check(FalseDecoding(**changes), False, decode_problem(), UNSTEERED)
+
+
 def test_a_missing_peer_has_a_reason():
     missing = loss_peers.package("no_such_package", "pip install it")
     assert missing("cpu") == "no_such_package is not installed (pip install it)"
@@ -128,6 +211,29 @@ def test_paired_runs_take_turns():
     others = {"b": lambda: calls.append("b"), "c": lambda: calls.append("c")}
     measure.paired(Fixture(), lambda: calls.append("a"), others, "cpu", scale)
     assert "".join(calls) == "abc" + "bca" * 3
+
+
+def test_preparations_are_not_timed():
+    calls = []
+
+    class Function:
+        def prepare(self):
+            calls.append("prepare")
+
+        def __call__(self):
+            calls.append("run")
+
+    class Fixture:
+        stats = None
+
+        def pedantic(self, function, setup, rounds):
+            for _ in range(rounds):
+                setup()
+                calls.append("start")
+                function()
+
+    measure.paired(Fixture(), Function(), {"b": lambda: calls.append("b")}, "cpu", measure.Scale(0.0, 2, 2, 60.0))
+    assert calls == ["prepare", "run", "b"] + ["prepare", "b", "start", "run"] * 2
 
 
 def test_peak_memory_sees_what_was_freed_again():

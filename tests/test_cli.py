@@ -73,7 +73,7 @@ def generation(monkeypatch, backbone):
             raise KeyboardInterrupt
         seen.calls.append(SimpleNamespace(model=model, records=list(records), streamer=streamer, options=options))
         texts = [record.prompt.upper() for record in records]
-        return SimpleNamespace(texts=texts, finish_reasons=["eos"] * len(texts))
+        return SimpleNamespace(texts=texts, finish_reasons=["eos"] * len(texts), stats={"engine": "native"})
 
     def load(model, adapter):
         seen.adapters.append(adapter)
@@ -310,10 +310,10 @@ def test_generate_writes_predictions(generation, data, tmp_path, capsys):
     argv = ["generate", "--model", "m", "--adapter", "a", "--data", str(data), "--output", str(output), "--limit", "2"]
     assert cli.main([*argv, "--batch-size", "1", "--temperature", "0.5", "--top-k", "3", "--seed", "4"]) == 0
     assert [list(row.values()) for row in read_lines(output)] == [
-        ["r0", "Case 0", "CASE 0", REPORTS[0], "eos"],
-        ["r1", "Case 1", "CASE 1", REPORTS[1], "eos"],
+        ["r0", "Case 0", "CASE 0", REPORTS[0], "eos", "native"],
+        ["r1", "Case 1", "CASE 1", REPORTS[1], "eos", "native"],
     ]
-    assert list(read_lines(output)[0]) == ["id", "prompt", "prediction", "reference", "finish_reason"]
+    assert list(read_lines(output)[0]) == ["id", "prompt", "prediction", "reference", "finish_reason", "engine"]
     assert [len(call.records) for call in generation.calls] == [1, 1]
     assert generation.adapters == ["a"] and generation.calls[0].model == "model m + a"
     options = generation.calls[0].options

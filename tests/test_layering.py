@@ -56,6 +56,7 @@ ALLOWED_LAZILY = {"metrics": {"supervision.lexicon"}}
 PART_OF = {
     "arguments": "train",
     "checkpoints": "train",
+    "eval_reports": "train",
     "trainer": "train",
     "report_assets": "report",
     "cli_commands": "cli",

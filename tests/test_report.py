@@ -137,6 +137,14 @@ def test_examples_count_findings_against_the_reference(page_of):
 OPTIONAL = ["title", "created", "command", "protocol", "run", "data", "environment", "reference_lengths"]
 
 
+def test_the_page_says_which_engine_wrote_the_reports(page_of):
+    result = example_result()
+    assert "42 s (native)" in " ".join(page_of(result)[1].text)
+    for one in result["systems"]:
+        del one["generate_seconds"]
+    assert "(native)" not in " ".join(page_of(result)[1].text)
+
+
 @pytest.mark.parametrize("key", OPTIONAL)
 def test_a_missing_key_is_left_out(page_of, key):
     result = example_result()

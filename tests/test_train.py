@@ -199,13 +199,65 @@ def test_accumulation_does_not_change_a_step(tmp_path):
     torch.testing.assert_close(torch.tensor(losses(parts)), torch.tensor(losses(whole)), atol=2e-5, rtol=1e-5)
 
 
+REPORTS = {"eval_reports": 3, "eval_max_new_tokens": 12}
+
+
+def test_evaluations_write_and_score_reports(tmp_path, caplog):
+    """At every evaluation, without a trace in the training; the scores are those of `generate` and `evaluate`."""
+    args = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 2}
+    silent = run(tmp_path / "silent", eval_dataset=RECORDS[:5], args=args)
+    caplog.set_level("INFO", logger="dive_fast.eval_reports")
+    best = {"save_strategy": "steps", "save_steps": 2, "metric_for_best_model": "rouge_l"}
+    result = run(tmp_path, eval_dataset=RECORDS[:5], args=args | REPORTS | best)
+    assert losses(result) == losses(silent)
+    written = [entry for entry in result.history if "eval_rouge_l" in entry]
+    assert [entry["step"] for entry in written] == [2, 4, 6, 6]
+    assert all(0 <= entry[f"eval_{name}"] <= 1 for entry in written for name in ("decisive_f1", "terminated"))
+    assert "written by the engine native" in caplog.text
+    best_step = max(written[:3], key=lambda entry: entry["eval_rouge_l"])["step"]
+    state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"].endswith(f"checkpoint-{best_step}")
+
+    out = dive_fast.generate(result.model, RECORDS[:3], processor=tiny_tokenizer(), max_new_tokens=12)
+    references = [record.report for record in RECORDS[:3]]
+    scores = dive_fast.evaluate(out.texts, references, finish_reasons=out.finish_reasons, bootstrap=0)
+    assert result.metrics["eval_rouge_l"] == scores["rouge_l"]
+    assert result.metrics["eval_decisive_f1"] == scores["decisive_f1"]
+    assert result.metrics["eval_terminated"] == scores["eos_rate"]
+
+
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "selective_checkpointing"])
+def test_reports_are_written_between_checkpointed_steps(tmp_path, option):
+    args = {option: True, "eval_strategy": "steps", "eval_steps": 1}
+    result = run(tmp_path, eval_dataset=RECORDS[:2], args=args | REPORTS)
+    plain = run(tmp_path / "plain", eval_dataset=RECORDS[:2], args=args | {option: False})
+    assert losses(result) == pytest.approx(losses(plain), rel=1e-5)
+    assert sum("eval_rouge_l" in entry for entry in result.history) == 5
+
+
+@pytest.mark.parametrize(
+    "args, options, message",
+    [
+        ({"eval_reports": 2}, {}, "eval_reports: .* give an eval_dataset"),
+        ({"eval_reports": -1}, {}, "eval_reports: expected"),
+        ({"eval_reports": 2.5}, {}, "eval_reports: expected a whole number"),
+        ({"eval_reports": 1, "eval_max_new_tokens": 0}, {}, "eval_max_new_tokens: expected"),
+        ({"eval_reports": 1, "eval_max_new_tokens": 2040}, {"eval_dataset": RECORDS[:1]}, "record 'r0' has .* lower"),
+    ],
+)
+def test_reports_that_cannot_be_written_are_refused_at_once(tmp_path, args, options, message):
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, args=args, **options)
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
 WORKER = textwrap.dedent(
     """
     import sys; sys.path.insert(0, {tests!r})
     import test_train
     from pathlib import Path
-    test_train.run(Path(sys.argv[1]), args={{"per_device_train_batch_size": int(sys.argv[2])}},
-                   teacher=test_train.dive_fast.Teacher(shots=2))
+    test_train.run(Path(sys.argv[1]), args={{"per_device_train_batch_size": int(sys.argv[2])}} | test_train.REPORTS,
+                   teacher=test_train.dive_fast.Teacher(shots=2), eval_dataset=test_train.RECORDS[:5])
     """
 )
 
@@ -221,6 +273,11 @@ def losses_stored(folder: Path):
     return torch.tensor([entry["loss"] for entry in history if "loss" in entry])
 
 
+def scores_stored(folder: Path):
+    metrics = json.loads((folder / "run" / "dive_result.json").read_text())["metrics"]
+    return [metrics[f"eval_{name}"] for name in ("rouge_l", "decisive_f1", "terminated")]
+
+
 def test_two_processes_give_the_loss_trace_of_one(tmp_path):
     script = worker_script(tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -229,6 +286,7 @@ def test_two_processes_give_the_loss_trace_of_one(tmp_path):
     two = subprocess.run([*torchrun, script, tmp_path / "two", "2"], capture_output=True, text=True)
     assert two.returncode == 0, two.stderr[-2000:]
     torch.testing.assert_close(losses_stored(tmp_path / "two"), losses_stored(tmp_path / "one"), atol=2e-5, rtol=1e-5)
+    assert scores_stored(tmp_path / "two") == scores_stored(tmp_path / "one")
 
 
 KILLED = textwrap.dedent(

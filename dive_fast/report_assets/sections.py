@@ -107,7 +107,10 @@ def _cost_table(systems: Sequence[Mapping]) -> str:
     head += "".join(f'<th scope="col">{name}</th>' for name in ("Trained parameters", "Training", "Generation"))
     rows = []
     for system in systems:
-        spent = (seconds(system.get("train_seconds")), seconds(system.get("generate_seconds")))
+        wrote = seconds(system.get("generate_seconds"))
+        if system.get("generate_seconds") is not None and system.get("engine"):
+            wrote += f" ({escape(str(system['engine']))})"
+        spent = (seconds(system.get("train_seconds")), wrote)
         cells = "".join(f"<td>{text}</td>" for text in (count(system.get("trainable_parameters")), *spent))
         rows.append(f'<td class="words">{escape(str(system.get("description") or ""))}</td>{cells}')
     return _rows(systems, "The systems and what they cost", head, rows)
