@@ -30,7 +30,7 @@ from tests.tiny_models import (
 ROWS = range(3)
 KINDS = ("lowrank", "fixed", "gated", "reft")
 REQUEST = {
-    "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0, "stream": 0,
+    "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0,
     "eos": [], "min_new_tokens": 0, "log_probs": False,
 }  # fmt: skip
 """A greedy request of the extension, without its length."""
@@ -62,7 +62,7 @@ def step_logits(model, batch, forced, names=None, **options):
         for row in range(rows)
     ]
     decoder.submit(session, batch, names, requests)
-    session.run(on_token=None, until_free=0)
+    session.run(on_token=None, cancelled=None, until_free=0)
     return logits
 
 
@@ -311,7 +311,7 @@ def test_a_finished_row_costs_nothing():
     decoder = NativeDecoder(model)
     session = decoder.session(2)
     decoder.submit(session, batch, None, [REQUEST | {"max_new_tokens": n} for n in (3, 20)])
-    session.run(on_token=None, until_free=0)
+    session.run(on_token=None, cancelled=None, until_free=0)
     assert (session.steps, session.rows_run) == (20, 23)
 
 
@@ -419,7 +419,7 @@ def test_another_thread_can_cancel():
     decoder.submit(session, text_batch(1), None, [REQUEST | {"max_new_tokens": 1_000_000}])
     timer = threading.Timer(0.2, session.cancel)
     timer.start()
-    session.run(on_token=None, until_free=0)
+    session.run(on_token=None, cancelled=None, until_free=0)
     tokens, _, finish = session.take(0)
     assert finish == "cancelled" and 0 < len(tokens) < 1_000_000
 

@@ -90,7 +90,7 @@ class CpuStepper final : public engine::Stepper {
       const std::int64_t window = plan_.layers[l].window;
       for (std::size_t b = 0; b < B; ++b) {
         const std::int64_t length = rows[b].position + 1;
-        shared_.caches[l * B + b] = {rows[b].cache->keys(l), rows[b].cache->values(l), rows[b].cache->head_stride(),
+        shared_.caches[l * B + b] = {rows[b].cache->blocks(), rows[b].cache->keys(l), rows[b].cache->values(l),
                                      window > 0 && length > window ? length - window : 0, length};
       }
     }

@@ -12,6 +12,7 @@ from torch import nn
 
 from dive_fast import native
 from dive_fast.decode.plan import Plan, Unsupported, build_plan, dive_model_of
+from dive_fast.decode.stop import token_texts
 from dive_fast.errors import InputError
 from dive_fast.models.hidden import unwrapped
 from dive_fast.models.prefix import Prefix, run_prefix
@@ -22,13 +23,23 @@ MAX_ROWS = 64
 
 # Inputs with one entry per prompt token.
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+# What a request is unless it says otherwise.
+_REQUEST = {
+    "streams": [0],
+    "beams": 1,
+    "length_penalty": 1.0,
+    "early_stopping": "no",
+    "stop": None,
+    "forced": [],
+    "forced_logits": 0,
+}
 # What would change the prompt's positions or embeddings behind the engine's back.
 _UNKNOWN = ("inputs_embeds", "position_ids", "past_key_values", "cache_position", "decoder_input_ids")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; the fields are those of csrc/engine/sampler.h. Row i draws from stream i of the seed."""
+    """How tokens are chosen; the fields are those of csrc/engine/sampler.h."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -39,8 +50,23 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Beam search; one beam is none."""
+
+    beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+
+    @property
+    def early(self) -> str:
+        """The extension's name for it."""
+        return {False: "no", True: "yes"}.get(self.early_stopping, "never")
+
+
+@dataclass(frozen=True)
 class Row:
-    """One row's outcome: its new tokens, their log-probabilities (empty if not asked for), "eos" or "length"."""
+    """One result: its new tokens, their log-probabilities (empty if not asked for), "eos", "length", "stop" or
+    "cancelled"."""
 
     tokens: list[int]
     log_probs: list[float]
@@ -108,19 +134,26 @@ class NativeDecoder:
         min_new_tokens: int,
         max_new_tokens: int,
         log_probs: bool = False,
+        samples: int = 1,
+        search: Search = Search(),
+        stop=None,
         on_token: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
         threads: int | None = None,
         isa: str | None = None,
     ) -> dict[int, Row]:
-        """Row number -> its outcome.
+        """Row number * samples + sample -> its outcome. `stats` then says how many steps it took.
 
         Args:
             batches: (a processor's output for left-padded prompts, the rows' numbers, their adapter names) each; taken
                 one by one, whenever a row has become free.
-            on_token: called with (row number, token) after every token.
+            samples: results of each row; sample j of row i draws from stream i * samples + j of the seed.
+            stop: what `stop_strings` returned.
+            on_token: called with (the result's number, token) after every token, but not in a search.
+            cancelled: asked now and then; once it is true the run ends, and rows not yet begun have no outcome.
             threads: the most to use; None takes as many as torch does.
         """
-        session = self.session(max_rows, threads, isa)
+        session = self.session(max(max_rows, search.beams), threads, isa)
         numbers: list[int] = []
         request = {
             "temperature": sampling.temperature,
@@ -133,14 +166,38 @@ class NativeDecoder:
             "min_new_tokens": min_new_tokens,
             "max_new_tokens": max_new_tokens,
             "log_probs": log_probs,
+            "beams": search.beams,
+            "length_penalty": search.length_penalty,
+            "early_stopping": search.early,
+            "stop": stop,
         }
-        report = None if on_token is None else lambda index, token: on_token(numbers[index], token)
+        calls = {
+            "on_token": None if on_token is None else lambda index, token: on_token(numbers[index], token),
+            "cancelled": cancelled,
+        }
         for batch, rows, names in batches:
-            numbers += rows
-            self.submit(session, batch, names, [request | {"stream": row} for row in rows])
-            session.run(on_token=report, until_free=1)
-        session.run(on_token=report, until_free=0)
+            if cancelled is not None and cancelled():
+                break
+            results = [range(row * samples, (row + 1) * samples) for row in rows]
+            numbers += [number for own in results for number in own]
+            self.submit(session, batch, names, [request | {"streams": list(own)} for own in results])
+            if cancelled is not None and cancelled():
+                session.cancel()
+            session.run(**calls, until_free=search.beams)
+        session.run(**calls, until_free=0)
+        self.stats = {"steps": session.steps, "rows_per_step": session.rows_run / max(session.steps, 1)}
         return {number: Row(*session.take(index)) for index, number in enumerate(numbers)}
+
+    def stop_strings(self, tokenizer, stop: Sequence[str]):
+        """For `run`: what ends a row whose text contains one of the strings.
+
+        Raises:
+            Unsupported: of this tokenizer's tokens it is not known what bytes they stand for.
+        """
+        if not stop:
+            return None
+        texts = token_texts(tokenizer)
+        return self.extension.engine.StopStrings(self.extension.engine.TokenTexts(texts), list(stop))
 
     def session(self, max_rows: int, threads: int | None = None, isa: str | None = None):
         """An empty session of the engine."""
@@ -172,7 +229,7 @@ class NativeDecoder:
                 rope_offset=offset,
                 adapters=self._adapters_of(None if names is None else names[row]),
                 layers=_layers_of(prefix, row, first) if len(prompt) > 1 else [],
-                **{"forced": [], "forced_logits": 0} | request,
+                **_REQUEST | request,
             )
 
     def _adapters_of(self, name: str | None) -> list[int]:
