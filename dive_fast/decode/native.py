@@ -199,6 +199,12 @@ class NativeDecoder:
         texts = token_texts(tokenizer)
         return self.extension.engine.StopStrings(self.extension.engine.TokenTexts(texts), list(stop))
 
+    def check_search(self, beams: int, eos: Iterable[int]) -> None:
+        """Unsupported where the vocabulary has too few tokens for so many beams to go on in different ways."""
+        ends, vocabulary = len(set(eos)), self.plan.values["vocabulary"]
+        if beams > 1 and max(2, 1 + ends) * beams + ends > vocabulary:
+            raise Unsupported(f"num_beams: a vocabulary of {vocabulary} tokens is too small for {beams} beams")
+
     def session(self, max_rows: int, threads: int | None = None, isa: str | None = None):
         """An empty session of the engine."""
         return self.extension.engine.Session(

@@ -59,9 +59,7 @@ class Options:
 
     def _check_combinations(self) -> None:
         if self.min_new_tokens > self.max_new_tokens:
-            raise InputError(
-                f"min_new_tokens: {self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}"
-            )
+            raise InputError(f"min_new_tokens: {self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}")
         if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p > 0):
             raise InputError(
                 "top_k, top_p, min_p: they shape sampling, and temperature=0 is greedy; give a temperature > 0"

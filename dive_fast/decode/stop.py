@@ -14,7 +14,7 @@ def token_texts(tokenizer) -> list[bytes]:
     """Token id -> its bytes; special tokens, which a text does not show, have none.
 
     Raises:
-        Unsupported: neither byte-level BPE nor SentencePiece with its "\u2581", so that pieces depend on their neighbours.
+        Unsupported: neither byte-level BPE nor SentencePiece, so that a piece may depend on its neighbours.
     """
     size, known = len(tokenizer), _known.get(tokenizer)
     if known is None or known[0] != size:
