@@ -9,10 +9,10 @@ namespace {
 class SampledRow final : public Task {
  public:
   SampledRow(const Plan& plan, std::shared_ptr<const Request> request, std::size_t stream, const KvCache& prompt,
-             Result* result, OnToken on_token)
+             std::int64_t number, Result* result, Told* told)
       : vocabulary_(plan.vocabulary), request_(std::move(request)), sampling_(request_->sampling), cache_(prompt),
         position_(request_->prefilled), token_(request_->prompt.back()), seen_(*request_), stop_(request_->stop.get()),
-        result_(result), on_token_(std::move(on_token)) {
+        number_(number), result_(result), told_(told) {
     sampling_.stream = request_->streams[stream];
   }
 
@@ -53,7 +53,7 @@ class SampledRow final : public Task {
     } else if (static_cast<std::int64_t>(result_->tokens.size()) >= request_->max_new_tokens) {
       result_->finish = Finish::kLength;
     }
-    if (on_token_) on_token_(token_);
+    told_->emplace_back(number_, token_);
     return result_->finish != Finish::kUnfinished;
   }
 
@@ -68,15 +68,16 @@ class SampledRow final : public Task {
   SeenTokens seen_;
   StopMatcher stop_;
   Choice choice_{};
+  const std::int64_t number_;
   Result* const result_;
-  const OnToken on_token_;
+  Told* const told_;
 };
 
 }  // namespace
 
 std::unique_ptr<Task> sample_row(const Plan& plan, std::shared_ptr<const Request> request, std::size_t stream,
-                                 const KvCache& prompt, Result* result, OnToken on_token) {
-  return std::make_unique<SampledRow>(plan, std::move(request), stream, prompt, result, std::move(on_token));
+                                 const KvCache& prompt, std::int64_t number, Result* result, Told* told) {
+  return std::make_unique<SampledRow>(plan, std::move(request), stream, prompt, number, result, told);
 }
 
 }  // namespace dive::engine

@@ -58,15 +58,12 @@ std::int64_t Session::submit(Request given, const std::vector<PrefilledLayer>& l
   }
   for (std::size_t i = 0; i < results.size(); ++i) {
     const std::int64_t number = first + static_cast<std::int64_t>(i);
-    waiting_.push_back(sample_row(plan_, request, i, prompt, results[i], [this, number](std::int64_t token) {
-      if (on_token_) on_token_(number, token);
-    }));
+    waiting_.push_back(sample_row(plan_, request, i, prompt, number, results[i], &told_));
   }
   return first;
 }
 
 void Session::run(const Callbacks& callbacks, int until_free) {
-  on_token_ = callbacks.token;
   auto next_poll = std::chrono::steady_clock::now() + kPollInterval;
   for (;;) {
     admit();
@@ -77,12 +74,17 @@ void Session::run(const Callbacks& callbacks, int until_free) {
       return;
     }
     step();
-    // Stable, so that rows keep their order and what is streamed of each step comes in the order of the requests.
+    // All rows take their token in before anyone is told, so that a callback that throws leaves nothing half done. The
+    // order is kept: what is streamed of each step comes in the order of the requests.
+    told_.clear();
     std::erase_if(active_, [this](const std::unique_ptr<Task>& task) {
       if (!task->advance()) return false;
       rows_taken_ -= task->most_rows();
       return true;
     });
+    if (callbacks.token) {
+      for (const auto& [number, token] : told_) callbacks.token(number, token);
+    }
     if (callbacks.poll && std::chrono::steady_clock::now() >= next_poll) {
       callbacks.poll();
       next_poll = std::chrono::steady_clock::now() + kPollInterval;
@@ -125,7 +127,10 @@ Result Session::take(std::int64_t result) {
   if (result < 0 || result >= static_cast<std::int64_t>(results_.size())) {
     throw std::out_of_range("take: no such result");
   }
-  return std::move(results_[result]);
+  Result& found = results_[result];
+  // An unfinished one goes on from the tokens that it has.
+  if (found.finish == Finish::kUnfinished) return found;
+  return std::move(found);
 }
 
 }  // namespace dive::engine

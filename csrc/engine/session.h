@@ -62,7 +62,7 @@ class Session {
   std::deque<std::unique_ptr<Task>> waiting_;
   std::vector<std::unique_ptr<Task>> active_;
   int rows_taken_ = 0;  // by the active tasks
-  std::function<void(std::int64_t, std::int64_t)> on_token_;  // of the run under way
+  Told told_;
   std::vector<StepRow> step_rows_;
   std::vector<std::pair<Task*, std::size_t>> owners_;  // of the rows of a step
   std::int64_t steps_ = 0, rows_run_ = 0;

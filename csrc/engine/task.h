@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "engine/kv_cache.h"
@@ -58,11 +58,12 @@ inline std::size_t candidates_of(const Request& request) {
   return std::max<std::size_t>(2, 1 + request.eos.size()) * request.search.beams;
 }
 
-using OnToken = std::function<void(std::int64_t token)>;
+// The tokens of a step: (the result's number, the token) each.
+using Told = std::vector<std::pair<std::int64_t, std::int64_t>>;
 
-// One result: the request's stream of that index. `result` must outlive the task.
+// One result: the request's stream of that index. It adds its tokens to `told`, which must outlive it like `result`.
 std::unique_ptr<Task> sample_row(const Plan& plan, std::shared_ptr<const Request> request, std::size_t stream,
-                                 const KvCache& prompt, Result* result, OnToken on_token);
+                                 const KvCache& prompt, std::int64_t number, Result* result, Told* told);
 
 // As many results as the request has streams, the best first.
 std::unique_ptr<Task> search_beams(const Plan& plan, std::shared_ptr<const Request> request, const KvCache& prompt,

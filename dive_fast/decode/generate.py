@@ -17,6 +17,7 @@ from dive_fast.decode.inputs import batches_of, check_room
 from dive_fast.decode.native import NativeDecoder, Row, Sampling, Search
 from dive_fast.decode.options import Options
 from dive_fast.decode.plan import Unsupported
+from dive_fast.decode.prefix_cache import PrefixCache
 from dive_fast.errors import InputError
 from dive_fast.models.hidden import unwrapped
 from dive_fast.models.spec import text_config_of
@@ -35,7 +36,7 @@ class GenerateOutput:
         finish_reasons: "eos", "stop" (a stop string), "length" where `max_new_tokens` ended the row, or "cancelled".
         stats: engine ("native" or "transformers"), rows, prompt_tokens, new_tokens, seconds, tokens_per_second (new
             tokens over wall time, prefill included); not_native: why engine=None did not take the native one; of the
-            native one also steps and rows_per_step.
+            native one also steps, rows_per_step and, with a prefix_cache, prompt_tokens_reused.
         log_probs: float32, one per token of `sequences`, if asked for.
     """
 
@@ -69,6 +70,7 @@ def generate(
     streamer=None,
     log_probs: bool = False,
     cancel=None,
+    prefix_cache: PrefixCache | None = None,
     batch_size: int = 8,
     demonstrations: Sequence[Sequence[Record]] | None = None,
 ) -> GenerateOutput:
@@ -101,6 +103,9 @@ def generate(
         log_probs: also return every token's log-probability under the model's logits, before anything shapes them.
         cancel: a threading.Event. Once it is set, by another thread, generation ends within a step (or the prompts'
             own pass) and what there is is returned.
+        prefix_cache: a `dive_fast.PrefixCache`: what prompts begin with alike (an instruction, demonstrations) is run
+            once, for all rows and calls that share the cache. The native engine uses it; transformers runs every
+            prompt whole.
         batch_size: rows run together where records or prompts are given.
         demonstrations: per row, the demonstrations in its context (the k-shot teacher).
 
@@ -118,8 +123,8 @@ def generate(
     context = text_config_of(unwrapped(model)).max_position_embeddings
     encoder = None if processor is None else ReportEncoder(processor, context_length=context)
     batches, order = batches_of(inputs, encoder, batch_size, demonstrations)
-    _check_rows(model, len(order), options, encoder, adapter_names, streamer, seed, cancel)
-    call = _Call(model, encoder, options, context, adapter_names, streamer, cancel, order)
+    _check_rows(model, len(order), options, encoder, adapter_names, streamer, seed, cancel, prefix_cache)
+    call = _Call(model, encoder, options, context, adapter_names, streamer, cancel, prefix_cache, order)
     was_training = model.training
     model.eval()
     start = time.perf_counter()
@@ -147,6 +152,7 @@ class _Call:
     adapter_names: Sequence[str] | None
     streamer: object
     cancel: object
+    prefixes: PrefixCache | None
     order: list[int]
     prompt_tokens: int = 0
     stop: object = None
@@ -222,6 +228,7 @@ def _by_engine(call: _Call, decoder: NativeDecoder, batches, seed: int, max_rows
         stop=call.stop,
         on_token=on_token,
         cancelled=call.cancelled,
+        prefixes=call.prefixes,
     )
     if streamer is not None:
         streamer.end()
@@ -286,7 +293,9 @@ def _texts(call: _Call, sequences: list[torch.Tensor], results: list[Row]) -> li
     return texts
 
 
-def _check_rows(model, rows: int, options: Options, encoder, adapter_names, streamer, seed, cancel) -> None:
+def _check_rows(
+    model, rows: int, options: Options, encoder, adapter_names, streamer, seed, cancel, prefix_cache
+) -> None:
     if adapter_names is not None and not hasattr(model, "peft_config"):
         raise InputError("adapter_names: the model carries no adapters; load one, or leave adapter_names out")
     if adapter_names is not None and len(adapter_names) != rows:
@@ -299,6 +308,8 @@ def _check_rows(model, rows: int, options: Options, encoder, adapter_names, stre
         raise InputError("stop: it needs the processor or tokenizer that turns tokens into text; pass processor=...")
     if cancel is not None and not callable(getattr(cancel, "is_set", None)):
         raise InputError(f"cancel: expected a threading.Event, got {cancel!r}")
+    if prefix_cache is not None and not isinstance(prefix_cache, PrefixCache):
+        raise InputError(f"prefix_cache: expected a dive_fast.PrefixCache, got {prefix_cache!r}")
     if seed is not None:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise InputError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")
