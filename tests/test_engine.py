@@ -541,3 +541,24 @@ def test_real_prompts_on_smollm2_give_the_tokens_of_transformers(smollm2):
     ]
     assert outs[0].texts == outs[1].texts
     assert outs[0].finish_reasons == outs[1].finish_reasons
+
+
+def test_options_on_smollm2_are_those_of_transformers(smollm2):
+    model, tokenizer = smollm2
+    prompts = ["Describe the findings of the chest X-ray: cough.", "What is a lung? Name its parts."]
+    options = {"processor": tokenizer, "max_new_tokens": 12}
+    plain = dive_fast.generate(model, prompts, **options)
+    for more in (
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"stop": (plain.texts[0][10:17], plain.texts[1][15:20])},
+        {"stop": ("\u00e9", ". The")},
+    ):
+        outs = [
+            dive_fast.generate(model, prompts, engine=engine, **options, **more)
+            for engine in ("native", "transformers")
+        ]
+        assert outs[0].texts == outs[1].texts
+        assert outs[0].finish_reasons == outs[1].finish_reasons
+    cache = dive_fast.PrefixCache(2**28)
+    for _ in range(2):
+        assert dive_fast.generate(model, prompts, prefix_cache=cache, **options).texts == plain.texts

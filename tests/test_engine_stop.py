@@ -233,7 +233,26 @@ def test_an_event_that_is_never_set_changes_nothing(engine):
     assert out.texts == plain.texts and out.finish_reasons == plain.finish_reasons
 
 
-def test_rows_that_end_make_room_for_others():
+def steps_of_two_places(lengths):
+    """Steps until rows of these lengths are done that take whichever place is free, in their order."""
+    places = [0, 0]
+    for length in lengths:
+        places[places.index(min(places))] += length
+    return max(places)
+
+
+def test_rows_that_end_early_make_room_at_once():
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    options = {"processor": tokenizer, "engine": "native", "max_new_tokens": 25, "batch_size": 2}
+    prompts = [f"{word} {i}" for i in range(3) for word in ("cough", "fever", "chest")]
+    out = dive_fast.generate(model, prompts, stop=("a", "th", "i"), **options)
+    lengths = [len(s) for s in out.sequences]
+    assert len(set(lengths)) > 3
+    assert out.stats["steps"] == steps_of_two_places(lengths)
+    assert out.stats["rows_per_step"] == sum(lengths) / out.stats["steps"]
+
+
+def test_the_batch_stays_full():
     """Six rows of two lengths on two places: the batch stays full, and steps are what the longest places need."""
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     options = {"processor": tokenizer, "engine": "native", "max_new_tokens": 10, "batch_size": 2}

@@ -170,22 +170,25 @@ void attention(const Worker& worker, const AttentionShape& shape, const float* q
   }
   float* const partials = shared_scratch(worker, pieces * shape.heads * partial);
 
-  // Pieces in the order [row][head][piece], dealt out by positions: those whose middle lies in a worker's share.
+  // Pieces lie in the order [row][head][piece]. They are computed block by block, whose heads are side by side in memory,
+  // and dealt out by positions: those whose middle lies in a worker's share.
   std::int64_t before = 0;
   float* to = partials;
   for (int b = 0; b < batch; ++b) {
     const CacheRow& row = rows[b];
     const Pieces split(row);
-    for (int g = 0; g < G; ++g) {
-      for (std::int64_t s = row.first, end; s < row.length; s = end) {
-        end = split.end(s, row);
+    std::int64_t piece = 0;
+    for (std::int64_t s = row.first, end; s < row.length; s = end, ++piece) {
+      end = split.end(s, row);
+      for (int g = 0; g < G; ++g) {
         if ((2 * before + end - s) * worker.count / (2 * positions * G) == worker.index) {
-          DIVE_DISPATCH(worker.isa, attend_positions, shape, q + (b * shape.heads + g * shared) * E, row, g, s, end, to);
+          DIVE_DISPATCH(worker.isa, attend_positions, shape, q + (b * shape.heads + g * shared) * E, row, g, s, end,
+                        to + (g * split.count + piece) * shared * partial);
         }
         before += end - s;
-        to += shared * partial;
       }
     }
+    to += split.count * shape.heads * partial;
   }
   worker.sync();
 

@@ -59,10 +59,12 @@ inline float soften(float* scores, float& largest, float& total) {
   return factor;
 }
 
-// out[h][0 ... kC vectors) = factors[h] * itself + sum over s of scores[h][s] * values[s].
+// out[h][0 ... kC vectors) = factors[h] * itself + sum over s of scores[h][s] * values[s]. As with keys, the next values
+// lie `ahead` bytes further on.
 template <int kH, int kC, bool kWhole, class Element>
-inline void gather_tile(const Element* values, std::int64_t E, int lanes, int count, const float (*scores)[kPositions],
-                        const float* factors, float* out, std::int64_t out_stride) {
+inline void gather_tile(const Element* values, std::int64_t E, int lanes, int count, std::int64_t ahead,
+                        const float (*scores)[kPositions], const float* factors, float* out, std::int64_t out_stride) {
+  constexpr int kVector = static_cast<int>(kLanes * sizeof(Element)), kLine = kVector < 64 ? 64 / kVector : 1;
   vf sums[kH][kC];
   const auto load_at = [&](const auto* p) __attribute__((always_inline)) {
     return kWhole ? load(p) : load_partial(p, lanes);
@@ -71,6 +73,11 @@ inline void gather_tile(const Element* values, std::int64_t E, int lanes, int co
     unroll<kC>([&](auto c) { sums[h][c] = load_at(out + h * out_stride + c * kLanes) * splat(factors[h]); });
   });
   for (int s = 0; s < count; ++s) {
+    if (ahead) {
+      unroll<(kC + kLine - 1) / kLine>([&](auto line) {
+        __builtin_prefetch(reinterpret_cast<const char*>(values + s * E + line * kLine * kLanes) + ahead);
+      });
+    }
     vf columns[kC];
     unroll<kC>([&](auto c) { columns[c] = load_at(values + s * E + c * kLanes); });
     unroll<kH>([&](auto h) {
@@ -91,18 +98,18 @@ inline void gather_tile(const Element* values, std::int64_t E, int lanes, int co
 }
 
 template <int kH, class Element>
-inline void gather_heads(const Element* values, std::int64_t E, int count, const float (*scores)[kPositions],
-                         const float* factors, float* out, std::int64_t stride) {
+inline void gather_heads(const Element* values, std::int64_t E, int count, std::int64_t ahead,
+                         const float (*scores)[kPositions], const float* factors, float* out, std::int64_t stride) {
   std::int64_t e = 0;
   for (; e + kColumnTile * kLanes <= E; e += kColumnTile * kLanes) {
-    gather_tile<kH, kColumnTile, true>(values + e, E, kLanes, count, scores, factors, out + e, stride);
+    gather_tile<kH, kColumnTile, true>(values + e, E, kLanes, count, ahead, scores, factors, out + e, stride);
   }
   for (; e + kLanes <= E; e += kLanes) {
-    gather_tile<kH, 1, true>(values + e, E, kLanes, count, scores, factors, out + e, stride);
+    gather_tile<kH, 1, true>(values + e, E, kLanes, count, ahead, scores, factors, out + e, stride);
   }
   if (e < E) {
     const int lanes = static_cast<int>(E - e);
-    gather_tile<kH, 1, false>(values + e, E, lanes, count, scores, factors, out + e, stride);
+    gather_tile<kH, 1, false>(values + e, E, lanes, count, ahead, scores, factors, out + e, stride);
   }
 }
 
@@ -131,10 +138,10 @@ void attend(const AttentionShape& shape, const float* q, int heads, const CacheR
     }
     int h = 0;
     for (; h + 4 <= heads; h += 4) {
-      gather_heads<4>(values, E, count, scores + h, factors + h, partials + h * stride, stride);
+      gather_heads<4>(values, E, count, h ? 0 : ahead, scores + h, factors + h, partials + h * stride, stride);
     }
     const auto rest = [&](auto kH) {
-      gather_heads<kH>(values, E, count, scores + h, factors + h, partials + h * stride, stride);
+      gather_heads<kH>(values, E, count, h ? 0 : ahead, scores + h, factors + h, partials + h * stride, stride);
     };
     if (heads - h == 3) rest(std::integral_constant<int, 3>{});
     if (heads - h == 2) rest(std::integral_constant<int, 2>{});
