@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "engine/check.h"
+
 namespace dive::engine {
 namespace {
 
@@ -51,20 +53,7 @@ Session::Session(const Plan& plan, std::unique_ptr<Stepper> stepper, int max_row
 Session::~Session() = default;
 
 std::int64_t Session::submit(Request request, const std::vector<PrefilledLayer>& layers) {
-  if (request.prompt.empty()) throw std::invalid_argument("submit: the prompt is empty");
-  if (request.prefilled > 0 && layers.size() != plan_.layers.size()) {
-    throw std::invalid_argument("submit: one prefilled layer per layer of the plan is needed");
-  }
-  for (const auto* tokens : {&request.prompt, &request.eos, &request.forced}) {
-    for (const std::int64_t token : *tokens) {
-      if (token < 0 || token >= plan_.vocabulary) throw std::invalid_argument("submit: a token outside the vocabulary");
-    }
-  }
-  for (const int adapter : request.adapters) {
-    if (adapter < 0 || adapter >= static_cast<int>(plan_.adapters.size())) {
-      throw std::invalid_argument("submit: no such adapter");
-    }
-  }
+  check(plan_, request, layers);
   const std::int64_t number = static_cast<std::int64_t>(results_.size());
   auto row = std::make_unique<Row>(plan_, number, std::move(request));
   for (std::size_t l = 0; row->request.prefilled > 0 && l < layers.size(); ++l) {
@@ -90,8 +79,13 @@ void Session::run(const Callbacks& callbacks, int until_free) {
       return;
     }
     step();
-    // Stable, so that rows keep their order and what is streamed of each step comes in the order of the requests.
-    std::erase_if(active_, [&](const std::unique_ptr<Row>& row) { return advance(*row, callbacks); });
+    // All rows take their token in before anyone is told, so that a callback that throws leaves nothing half done. The
+    // order is kept: what is streamed of each step comes in the order of the requests.
+    told_.clear();
+    std::erase_if(active_, [&](const std::unique_ptr<Row>& row) { return advance(*row); });
+    if (callbacks.token) {
+      for (const auto& [request, token] : told_) callbacks.token(request, token);
+    }
     if (callbacks.poll && std::chrono::steady_clock::now() >= next_poll) {
       callbacks.poll();
       next_poll = std::chrono::steady_clock::now() + kPollInterval;
@@ -137,7 +131,7 @@ void Session::sample(Row& row, float* logits, std::int64_t likeliest) {
 }
 
 // Takes the row's choice in; true where the row has ended.
-bool Session::advance(Row& row, const Callbacks& callbacks) {
+bool Session::advance(Row& row) {
   const Request& request = row.request;
   Result& result = results_[row.number];
   const std::int64_t token = row.choice.token;
@@ -152,7 +146,7 @@ bool Session::advance(Row& row, const Callbacks& callbacks) {
   } else if (static_cast<std::int64_t>(done) >= request.max_new_tokens) {
     result.finish = Finish::kLength;
   }
-  if (callbacks.token) callbacks.token(row.number, token);
+  told_.emplace_back(row.number, token);
   return result.finish != Finish::kUnfinished;
 }
 
@@ -167,7 +161,10 @@ Result Session::take(std::int64_t request) {
   if (request < 0 || request >= static_cast<std::int64_t>(results_.size())) {
     throw std::out_of_range("take: no such request");
   }
-  return std::move(results_[request]);
+  Result& result = results_[request];
+  // An unfinished one goes on from the tokens that it has.
+  if (result.finish == Finish::kUnfinished) return result;
+  return std::move(result);
 }
 
 }  // namespace dive::engine

@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "engine/kv_cache.h"
@@ -61,7 +62,8 @@ class Session {
     std::function<void()> poll;
   };
 
-  // Runs until no request is left or, if `until_free` is not 0, until that many rows have nothing to do.
+  // Runs until no request is left or, if `until_free` is not 0, until that many rows have nothing to do. Behind a
+  // callback that threw, a further run goes on where this one ended.
   void run(const Callbacks& callbacks, int until_free);
 
   // From any thread: the run under way ends within a step, and its unfinished requests are cancelled.
@@ -80,7 +82,7 @@ class Session {
   void admit();
   void step();
   void sample(Row& row, float* logits, std::int64_t likeliest);
-  bool advance(Row& row, const Callbacks& callbacks);
+  bool advance(Row& row);
   void cancel_all();
 
   const Plan& plan_;
@@ -90,6 +92,7 @@ class Session {
   std::deque<std::unique_ptr<Row>> waiting_;
   std::vector<std::unique_ptr<Row>> active_;
   std::vector<StepRow> step_rows_;
+  std::vector<std::pair<std::int64_t, std::int64_t>> told_;  // (request, token) of a step
   std::vector<Result> results_;
   std::int64_t steps_ = 0, rows_run_ = 0;
 };
