@@ -3,10 +3,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -18,6 +20,7 @@
 #include "cpu/steer.h"
 #include "cpu/step.h"
 #include "cuda/device.h"
+#include "engine/check.h"
 #include "engine/plan.h"
 #include "engine/sampler.h"
 #include "engine/session.h"
@@ -256,16 +259,45 @@ dive::engine::BeamOptions::Early early_stopping_from_name(const std::string& nam
   return name == "yes" ? Early::kYes : name == "never" ? Early::kNever : Early::kNo;
 }
 
+// What is of the wrong type is a TypeError, as it is where the interpreter itself converts arguments.
+std::shared_ptr<dive::engine::Plan> checked_plan(const py::dict& values, const py::object&) {
+  std::shared_ptr<dive::engine::Plan> plan;
+  try {
+    plan = to_plan(values);
+  } catch (const py::cast_error& error) {
+    throw py::type_error(std::string("plan: ") + error.what());
+  }
+  dive::engine::check(*plan);
+  return plan;
+}
+
 // Session with what it stands on.
 struct BoundSession {
   std::shared_ptr<dive::engine::Plan> plan;
   dive::engine::Session session;
+  std::atomic<bool> busy{false};
+
+  // A session belongs to one call at a time, but for cancel(): run() gives the interpreter to other threads, and its
+  // callback could call back.
+  class Turn {
+   public:
+    explicit Turn(BoundSession& session) : busy_(session.busy) {
+      if (busy_.exchange(true)) throw std::runtime_error("session: a call of it is under way; only cancel() may be called");
+    }
+    ~Turn() { busy_.store(false); }
+    Turn(const Turn&) = delete;
+
+   private:
+    std::atomic<bool>& busy_;
+  };
 };
 
 void bind_engine(py::module_ m) {
   using namespace dive::engine;
   using Address = std::uintptr_t;
-  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan", "What a decoder is; see csrc/engine/plan.h.").def(py::init(&to_plan));
+  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan", "What a decoder is; see csrc/engine/plan.h.")
+      .def(py::init(&checked_plan), "values"_a, "kept"_a, py::keep_alive<1, 3>(),
+           "`kept` holds the tensors that `values` points into; it lives as long as the plan and its sessions.");
   py::class_<TokenTexts, std::shared_ptr<TokenTexts>>(m, "TokenTexts", "The bytes that each token adds to a text.")
       .def(py::init([](const std::vector<py::bytes>& texts) { return TokenTexts{{texts.begin(), texts.end()}}; }));
   py::class_<StopStrings, std::shared_ptr<StopStrings>>(m, "StopStrings", "What ends a row; csrc/engine/stop_strings.h.")
@@ -278,7 +310,7 @@ void bind_engine(py::module_ m) {
              auto stepper = dive::cpu::make_stepper(*plan, max_rows, threads, dive::cpu::isa_from_name(isa));
              return new BoundSession{plan, Session(*plan, std::move(stepper), max_rows)};
            }),
-           py::kw_only(), "plan"_a, "max_rows"_a, "threads"_a, "isa"_a)
+           py::kw_only(), "plan"_a, "max_rows"_a, "threads"_a, "isa"_a, py::keep_alive<1, 2>())
       .def(
           "submit",
           [](BoundSession& self, std::vector<std::int64_t> prompt, std::int64_t prefilled, std::int64_t rope_offset,
@@ -298,6 +330,7 @@ void bind_engine(py::module_ m) {
               found.push_back({pointer<void>(keys), pointer<void>(values), keys_head, keys_position, values_head,
                                values_position});
             }
+            const BoundSession::Turn turn(self);
             const py::gil_scoped_release release;
             return self.session.submit(std::move(request), found);
           },
@@ -320,6 +353,7 @@ void bind_engine(py::module_ m) {
               if (PyErr_CheckSignals() != 0) throw py::error_already_set();
               if (!cancelled.is_none() && cancelled().cast<bool>()) self.session.cancel();
             };
+            const BoundSession::Turn turn(self);
             const py::gil_scoped_release release;
             self.session.run(callbacks, until_free);
           },
@@ -327,13 +361,23 @@ void bind_engine(py::module_ m) {
       .def("cancel", [](BoundSession& self) { self.session.cancel(); })
       .def("take",
            [](BoundSession& self, std::int64_t number) {
+             const BoundSession::Turn turn(self);
              Result result = self.session.take(number);
              const char* names[] = {"unfinished", "eos", "length", "cancelled", "stop"};
              return py::make_tuple(result.tokens, result.log_probs, names[static_cast<int>(result.finish)]);
            })
-      .def_property_readonly("steps", [](const BoundSession& self) { return self.session.steps(); })
-      .def_property_readonly("rows_run", [](const BoundSession& self) { return self.session.rows_run(); })
-      .def_property_readonly("cache_blocks", [](const BoundSession& self) {
+      .def_property_readonly("steps",
+                             [](BoundSession& self) {
+                               const BoundSession::Turn turn(self);
+                               return self.session.steps();
+                             })
+      .def_property_readonly("rows_run",
+                             [](BoundSession& self) {
+                               const BoundSession::Turn turn(self);
+                               return self.session.rows_run();
+                             })
+      // Also for the callbacks of run(), which come on its own thread.
+      .def_property_readonly("cache_blocks", [](BoundSession& self) {
         const BlockPool& pool = self.session.pool();
         return py::dict("bytes"_a = pool.block_bytes(), "held"_a = pool.blocks_held(), "made"_a = pool.blocks_made());
       });
@@ -341,6 +385,8 @@ void bind_engine(py::module_ m) {
       "sample",
       [](Address logits, std::int64_t vocabulary, float temperature, std::int64_t top_k, float top_p, float min_p,
          std::uint64_t seed, std::uint64_t stream, std::int64_t draws) {
+        check(Sampling{temperature, top_k, top_p, min_p, 1.0f, seed, stream});
+        if (logits == 0 || vocabulary < 1 || draws < 0) throw std::invalid_argument("sample: needs logits and draws >= 0");
         std::vector<std::int64_t> tokens(draws);
         const py::gil_scoped_release release;
         std::vector<float> copy;
@@ -389,6 +435,7 @@ void bind_decode(py::module_ m) {
   };
   const auto team = [](const std::string& isa, int threads, const std::function<void(const Worker&)>& body) {
     const cpu::Isa level = cpu::isa_from_name(isa);
+    dive::engine::check_team(1, threads, level);
     const py::gil_scoped_release release;
     cpu::run_team(threads, level, body);
   };
@@ -415,6 +462,7 @@ void bind_decode(py::module_ m) {
   });
   m.def("quantize_int8", [=](const WeightTuple& tuple, Address out, Address scales, const std::string& isa,
                              int threads) {
+    dive::engine::check_team(1, threads, cpu::isa_from_name(isa));
     const py::gil_scoped_release release;
     cpu::quantize_int8(weight(tuple), pointer<std::int8_t>(out), pointer<float>(scales), cpu::isa_from_name(isa),
                        threads);
@@ -475,6 +523,7 @@ void bind_decode(py::module_ m) {
     });
   });
   m.def("read_memory", [](Address data, std::int64_t bytes, const std::string& isa, int threads) {
+    dive::engine::check_team(1, threads, cpu::isa_from_name(isa));
     const py::gil_scoped_release release;
     return cpu::read_memory(pointer<void>(data), bytes, cpu::isa_from_name(isa), threads);
   });

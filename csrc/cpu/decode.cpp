@@ -1,6 +1,9 @@
 #include "cpu/decode.h"
 
 #include <algorithm>
+#include <exception>
+#include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -65,8 +68,15 @@ float* shared_scratch(const Worker& worker, std::int64_t floats) {
   const auto size = static_cast<std::size_t>(floats);
   if (memory.size() < size) {
     worker.sync();
-    if (worker.index == 0) memory.resize(size + size / 2);
+    if (worker.index == 0) {
+      try {
+        memory.resize(size + size / 2);
+      } catch (const std::bad_alloc&) {
+      }
+    }
     worker.sync();
+    // All of them or none, or those who go on would wait for the others.
+    if (memory.size() < size) throw std::bad_alloc();
   }
   return memory.data();
 }
@@ -93,7 +103,17 @@ void run_team(int threads, Isa isa, const std::function<void(const Worker&)>& bo
   thread_local std::vector<float> scratch;
   std::vector<float>* const shared = &scratch;
   Barrier barrier(threads);
-  parallel_together(threads, [&](int index) { body({index, threads, isa, &barrier, shared}); });
+  std::mutex mutex;
+  std::exception_ptr error;
+  parallel_together(threads, [&](int index) {
+    try {
+      body({index, threads, isa, &barrier, shared});
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
 }
 
 void project(const Worker& worker, const Weight* const* weights, int count, const float* x, int batch,

@@ -8,6 +8,7 @@
 
 #include "cpu/decode.h"
 #include "cpu/step_steer.h"
+#include "engine/check.h"
 
 namespace dive::cpu {
 namespace {
@@ -189,6 +190,7 @@ class CpuStepper final : public engine::Stepper {
 }  // namespace
 
 std::unique_ptr<engine::Stepper> make_stepper(const Plan& plan, int max_rows, int threads, Isa isa) {
+  engine::check_team(max_rows, threads, isa);
   return std::make_unique<CpuStepper>(plan, max_rows, threads, isa);
 }
 

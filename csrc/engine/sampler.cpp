@@ -69,7 +69,8 @@ struct Weights {
 
   Weights(const float* logits, std::int64_t vocabulary, float top, float temperature, float lowest)
       : each(vocabulary), blocks((vocabulary + kBlock - 1) / kBlock) {
-    const float factor = 1.0f / temperature;
+    // The smallest temperatures have no finite inverse, and 0 * infinity is not a number.
+    const float factor = std::min(1.0f / temperature, std::numeric_limits<float>::max());
     for (std::int64_t v = 0; v < vocabulary; ++v) {
       const float weight = exp_of_negative((logits[v] - top) * factor);
       each[v] = logits[v] >= lowest ? weight : 0.0f;

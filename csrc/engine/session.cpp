@@ -1,8 +1,11 @@
 #include "engine/session.h"
 
 #include <chrono>
+#include <cmath>
 #include <stdexcept>
 #include <utility>
+
+#include "engine/check.h"
 
 namespace dive::engine {
 namespace {
@@ -15,21 +18,7 @@ constexpr std::chrono::milliseconds kPollInterval{50};
 Session::Session(const Plan& plan, std::unique_ptr<Stepper> stepper, int max_rows)
     : plan_(plan), stepper_(std::move(stepper)), max_rows_(max_rows), pool_(plan) {}
 
-void Session::check(const Request& request, const std::vector<PrefilledLayer>& layers) const {
-  if (request.prompt.empty()) throw std::invalid_argument("submit: the prompt is empty");
-  if (request.prefilled > 0 && layers.size() != plan_.layers.size()) {
-    throw std::invalid_argument("submit: one prefilled layer per layer of the plan is needed");
-  }
-  for (const auto* tokens : {&request.prompt, &request.eos, &request.forced}) {
-    for (const std::int64_t token : *tokens) {
-      if (token < 0 || token >= plan_.vocabulary) throw std::invalid_argument("submit: a token outside the vocabulary");
-    }
-  }
-  for (const int adapter : request.adapters) {
-    if (adapter < 0 || adapter >= static_cast<int>(plan_.adapters.size())) {
-      throw std::invalid_argument("submit: no such adapter");
-    }
-  }
+void Session::check_results(const Request& request) const {
   const int beams = request.search.beams;
   if (beams < 1 || beams > max_rows_) throw std::invalid_argument("submit: more beams than rows");
   if (request.streams.empty() || (beams > 1 && request.streams.size() > static_cast<std::size_t>(beams))) {
@@ -38,6 +27,7 @@ void Session::check(const Request& request, const std::vector<PrefilledLayer>& l
   if (!request.forced.empty() && (beams > 1 || request.streams.size() > 1)) {
     throw std::invalid_argument("submit: forced tokens are for a single result");
   }
+  if (!std::isfinite(request.search.length_penalty)) throw std::invalid_argument("submit: length_penalty is not finite");
   if (beams > 1 && request.stop) throw std::invalid_argument("submit: a search knows no stop strings");
   if (beams > 1 && candidates_of(request) + request.eos.size() > static_cast<std::size_t>(plan_.vocabulary)) {
     throw std::invalid_argument("submit: the vocabulary is too small for so many beams");
@@ -45,7 +35,8 @@ void Session::check(const Request& request, const std::vector<PrefilledLayer>& l
 }
 
 std::int64_t Session::submit(Request given, const std::vector<PrefilledLayer>& layers) {
-  check(given, layers);
+  check(plan_, given, layers);
+  check_results(given);
   const auto request = std::make_shared<const Request>(std::move(given));
   KvCache prompt(pool_);
   prompt.fill(layers, request->prefilled);

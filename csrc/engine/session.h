@@ -7,6 +7,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "engine/kv_cache.h"
@@ -33,7 +34,8 @@ class Session {
     std::function<void()> poll;
   };
 
-  // Runs until no request is left or, if `until_free` is not 0, until that many rows have nothing to do.
+  // Runs until no request is left or, if `until_free` is not 0, until that many rows have nothing to do. Behind a
+  // callback that threw, a further run goes on where this one ended.
   void run(const Callbacks& callbacks, int until_free);
 
   // From any thread: the run under way ends within a step, and its unfinished requests are cancelled.
@@ -48,7 +50,7 @@ class Session {
   const BlockPool& pool() const { return pool_; }
 
  private:
-  void check(const Request& request, const std::vector<PrefilledLayer>& layers) const;
+  void check_results(const Request& request) const;
   void admit();
   void step();
   void cancel_all();

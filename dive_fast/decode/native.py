@@ -97,7 +97,7 @@ class NativeDecoder:
             self.extension = native.load()
         except InputError as error:
             raise Unsupported(str(error)) from error
-        self.compiled = self.extension.engine.Plan(self.plan.values)
+        self.compiled = self.extension.engine.Plan(self.plan.values, self.plan.kept)
         text = unwrapped(model).config
         self.image_tokens = {
             value
