@@ -5,6 +5,7 @@ The prompt is run without its last token, which is the engine's first step (`pre
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -33,6 +34,10 @@ _REQUEST = {
 }
 # What would change the prompt's positions or embeddings behind the engine's back.
 _UNKNOWN = ("inputs_embeds", "position_ids", "past_key_values", "cache_position", "decoder_input_ids")
+
+
+# Tokenizer -> its `token_texts` and the engine's copy of them.
+_texts: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,9 @@ class NativeDecoder:
         if not stop:
             return None
         texts = token_texts(tokenizer)
-        return self.extension.engine.StopStrings(self.extension.engine.TokenTexts(texts), list(stop))
+        if tokenizer not in _texts or _texts[tokenizer][0] is not texts:
+            _texts[tokenizer] = texts, self.extension.engine.TokenTexts(texts)
+        return self.extension.engine.StopStrings(_texts[tokenizer][1], list(stop))
 
     def check_search(self, beams: int, eos: Iterable[int]) -> None:
         """Unsupported where the vocabulary has too few tokens for so many beams to go on in different ways."""
