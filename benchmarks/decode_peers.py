@@ -36,7 +36,6 @@ GREEDY = {
     "min_p": 0.0,
     "repetition_penalty": 1.0,
     "seed": 0,
-    "stream": 0,
     "eos": [],
     "min_new_tokens": 0,
     "log_probs": False,
@@ -71,7 +70,7 @@ class Native:
         self.decoder.submit(self.session, self.batch, self.names, requests)
 
     def __call__(self) -> list[list[int]]:
-        self.session.run(on_token=None, until_free=0)
+        self.session.run(on_token=None, cancelled=None, until_free=0)
         return [self.session.take(row)[0] for row in range(self.problem.rows)]
 
     def first_token(self) -> None:

@@ -3,10 +3,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -18,6 +20,7 @@
 #include "cpu/steer.h"
 #include "cpu/step.h"
 #include "cuda/device.h"
+#include "engine/check.h"
 #include "engine/plan.h"
 #include "engine/sampler.h"
 #include "engine/session.h"
@@ -251,76 +254,139 @@ std::shared_ptr<dive::engine::Plan> to_plan(const py::dict& d) {
   return plan;
 }
 
+dive::engine::BeamOptions::Early early_stopping_from_name(const std::string& name) {
+  using Early = dive::engine::BeamOptions::Early;
+  return name == "yes" ? Early::kYes : name == "never" ? Early::kNever : Early::kNo;
+}
+
+// What is of the wrong type is a TypeError, as it is where the interpreter itself converts arguments.
+std::shared_ptr<dive::engine::Plan> checked_plan(const py::dict& values, const py::object&) {
+  std::shared_ptr<dive::engine::Plan> plan;
+  try {
+    plan = to_plan(values);
+  } catch (const py::cast_error& error) {
+    throw py::type_error(std::string("plan: ") + error.what());
+  }
+  dive::engine::check(*plan);
+  return plan;
+}
+
 // Session with what it stands on.
 struct BoundSession {
   std::shared_ptr<dive::engine::Plan> plan;
   dive::engine::Session session;
+  std::atomic<bool> busy{false};
+
+  // A session belongs to one call at a time, but for cancel(): run() gives the interpreter to other threads, and its
+  // callback could call back.
+  class Turn {
+   public:
+    explicit Turn(BoundSession& session) : busy_(session.busy) {
+      if (busy_.exchange(true)) throw std::runtime_error("session: a call of it is under way; only cancel() may be called");
+    }
+    ~Turn() { busy_.store(false); }
+    Turn(const Turn&) = delete;
+
+   private:
+    std::atomic<bool>& busy_;
+  };
 };
 
 void bind_engine(py::module_ m) {
   using namespace dive::engine;
   using Address = std::uintptr_t;
-  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan", "What a decoder is; see csrc/engine/plan.h.").def(py::init(&to_plan));
+  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan", "What a decoder is; see csrc/engine/plan.h.")
+      .def(py::init(&checked_plan), "values"_a, "kept"_a, py::keep_alive<1, 3>(),
+           "`kept` holds the tensors that `values` points into; it lives as long as the plan and its sessions.");
+  py::class_<TokenTexts, std::shared_ptr<TokenTexts>>(m, "TokenTexts", "The bytes that each token adds to a text.")
+      .def(py::init([](const std::vector<py::bytes>& texts) { return TokenTexts{{texts.begin(), texts.end()}}; }));
+  py::class_<StopStrings, std::shared_ptr<StopStrings>>(m, "StopStrings", "What ends a row; csrc/engine/stop_strings.h.")
+      .def(py::init([](std::shared_ptr<TokenTexts> texts, std::vector<std::string> strings) {
+             return StopStrings{std::move(texts), std::move(strings)};
+           }),
+           "texts"_a, "strings"_a);
   py::class_<BoundSession>(m, "Session", "The decoding loop; see csrc/engine/session.h.")
       .def(py::init([](std::shared_ptr<Plan> plan, int max_rows, int threads, const std::string& isa) {
              auto stepper = dive::cpu::make_stepper(*plan, max_rows, threads, dive::cpu::isa_from_name(isa));
              return new BoundSession{plan, Session(*plan, std::move(stepper), max_rows)};
            }),
-           py::kw_only(), "plan"_a, "max_rows"_a, "threads"_a, "isa"_a)
+           py::kw_only(), "plan"_a, "max_rows"_a, "threads"_a, "isa"_a, py::keep_alive<1, 2>())
       .def(
           "submit",
           [](BoundSession& self, std::vector<std::int64_t> prompt, std::int64_t prefilled, std::int64_t rope_offset,
              std::vector<int> adapters, float temperature, std::int64_t top_k, float top_p, float min_p,
-             float repetition_penalty, std::uint64_t seed, std::uint64_t stream, std::vector<std::int64_t> eos,
-             std::int64_t min_new_tokens, std::int64_t max_new_tokens, bool log_probs, std::vector<std::int64_t> forced,
-             Address forced_logits,
+             float repetition_penalty, std::uint64_t seed, std::vector<std::uint64_t> streams, int beams,
+             float length_penalty, const std::string& early_stopping, std::vector<std::int64_t> eos,
+             const std::shared_ptr<StopStrings>& stop, std::int64_t min_new_tokens, std::int64_t max_new_tokens,
+             bool log_probs, std::vector<std::int64_t> forced, Address forced_logits,
              const std::vector<std::tuple<Address, Address, std::int64_t, std::int64_t, std::int64_t, std::int64_t>>&
                  layers) {
             Request request{std::move(prompt), prefilled, rope_offset, std::move(adapters),
-                            {temperature, top_k, top_p, min_p, repetition_penalty, seed, stream}, std::move(eos),
+                            {temperature, top_k, top_p, min_p, repetition_penalty, seed}, std::move(streams),
+                            {beams, length_penalty, early_stopping_from_name(early_stopping)}, std::move(eos), stop,
                             min_new_tokens, max_new_tokens, log_probs, std::move(forced), pointer<float>(forced_logits)};
             std::vector<PrefilledLayer> found;
             for (const auto& [keys, values, keys_head, keys_position, values_head, values_position] : layers) {
               found.push_back({pointer<void>(keys), pointer<void>(values), keys_head, keys_position, values_head,
                                values_position});
             }
+            const BoundSession::Turn turn(self);
             const py::gil_scoped_release release;
             return self.session.submit(std::move(request), found);
           },
           py::kw_only(), "prompt"_a, "prefilled"_a, "rope_offset"_a, "adapters"_a, "temperature"_a, "top_k"_a,
-          "top_p"_a, "min_p"_a, "repetition_penalty"_a, "seed"_a, "stream"_a, "eos"_a, "min_new_tokens"_a,
-          "max_new_tokens"_a, "log_probs"_a, "forced"_a, "forced_logits"_a, "layers"_a)
+          "top_p"_a, "min_p"_a, "repetition_penalty"_a, "seed"_a, "streams"_a, "beams"_a, "length_penalty"_a,
+          "early_stopping"_a, "eos"_a, "stop"_a.none(true), "min_new_tokens"_a, "max_new_tokens"_a, "log_probs"_a,
+          "forced"_a, "forced_logits"_a, "layers"_a)
       .def(
           "run",
-          [](BoundSession& self, const py::object& on_token, int until_free) {
+          [](BoundSession& self, const py::object& on_token, const py::object& cancelled, int until_free) {
             Session::Callbacks callbacks;
             if (!on_token.is_none()) {
-              callbacks.token = [&](std::int64_t request, std::int64_t token) {
+              callbacks.token = [&](std::int64_t result, std::int64_t token) {
                 const py::gil_scoped_acquire acquire;
-                on_token(request, token);
+                on_token(result, token);
               };
             }
-            callbacks.poll = [] {
+            callbacks.poll = [&] {
               const py::gil_scoped_acquire acquire;
               if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+              if (!cancelled.is_none() && cancelled().cast<bool>()) self.session.cancel();
             };
+            const BoundSession::Turn turn(self);
             const py::gil_scoped_release release;
             self.session.run(callbacks, until_free);
           },
-          py::kw_only(), "on_token"_a, "until_free"_a)
+          py::kw_only(), "on_token"_a, "cancelled"_a, "until_free"_a)
       .def("cancel", [](BoundSession& self) { self.session.cancel(); })
       .def("take",
-           [](BoundSession& self, std::int64_t request) {
-             Result result = self.session.take(request);
-             const char* names[] = {"unfinished", "eos", "length", "cancelled"};
+           [](BoundSession& self, std::int64_t number) {
+             const BoundSession::Turn turn(self);
+             Result result = self.session.take(number);
+             const char* names[] = {"unfinished", "eos", "length", "cancelled", "stop"};
              return py::make_tuple(result.tokens, result.log_probs, names[static_cast<int>(result.finish)]);
            })
-      .def_property_readonly("steps", [](const BoundSession& self) { return self.session.steps(); })
-      .def_property_readonly("rows_run", [](const BoundSession& self) { return self.session.rows_run(); });
+      .def_property_readonly("steps",
+                             [](BoundSession& self) {
+                               const BoundSession::Turn turn(self);
+                               return self.session.steps();
+                             })
+      .def_property_readonly("rows_run",
+                             [](BoundSession& self) {
+                               const BoundSession::Turn turn(self);
+                               return self.session.rows_run();
+                             })
+      // Also for the callbacks of run(), which come on its own thread.
+      .def_property_readonly("cache_blocks", [](BoundSession& self) {
+        const BlockPool& pool = self.session.pool();
+        return py::dict("bytes"_a = pool.block_bytes(), "held"_a = pool.blocks_held(), "made"_a = pool.blocks_made());
+      });
   m.def(
       "sample",
       [](Address logits, std::int64_t vocabulary, float temperature, std::int64_t top_k, float top_p, float min_p,
          std::uint64_t seed, std::uint64_t stream, std::int64_t draws) {
+        check(Sampling{temperature, top_k, top_p, min_p, 1.0f, seed, stream});
+        if (logits == 0 || vocabulary < 1 || draws < 0) throw std::invalid_argument("sample: needs logits and draws >= 0");
         std::vector<std::int64_t> tokens(draws);
         const py::gil_scoped_release release;
         std::vector<float> copy;
@@ -347,8 +413,8 @@ void bind_decode(py::module_ m) {
   using WeightTuple = std::tuple<Address, int, Address, std::int64_t, std::int64_t, std::int64_t, Address>;
   // (heads, key/value heads, head size, cache dtype, scale, softcap)
   using ShapeTuple = std::tuple<int, int, int, int, float, float>;
-  // (keys, values, head stride, first, length)
-  using RowTuple = std::tuple<Address, Address, std::int64_t, std::int64_t, std::int64_t>;
+  // (blocks, bytes from a block's start to keys, to values, first, length)
+  using RowTuple = std::tuple<std::vector<Address>, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
   const auto weight = [](const WeightTuple& t) {
     return cpu::Weight{pointer<void>(std::get<0>(t)), static_cast<cpu::DType>(std::get<1>(t)),
                        pointer<float>(std::get<2>(t)), std::get<3>(t), std::get<4>(t), std::get<5>(t),
@@ -358,18 +424,22 @@ void bind_decode(py::module_ m) {
     return cpu::AttentionShape{std::get<0>(t), std::get<1>(t), std::get<2>(t),
                                static_cast<cpu::DType>(std::get<3>(t)), std::get<4>(t), std::get<5>(t)};
   };
+  // The rows point into `tuples`, whose addresses become pointers where they are.
   const auto cache_rows = [](const std::vector<RowTuple>& tuples) {
+    static_assert(sizeof(Address) == sizeof(std::byte*));
     std::vector<cpu::CacheRow> rows;
-    for (const auto& [keys, values, head_stride, first, length] : tuples) {
-      rows.push_back({pointer<void>(keys), pointer<void>(values), head_stride, first, length});
+    for (const auto& [blocks, keys, values, first, length] : tuples) {
+      rows.push_back({reinterpret_cast<std::byte* const*>(blocks.data()), keys, values, first, length});
     }
     return rows;
   };
   const auto team = [](const std::string& isa, int threads, const std::function<void(const Worker&)>& body) {
     const cpu::Isa level = cpu::isa_from_name(isa);
+    dive::engine::check_team(1, threads, level);
     const py::gil_scoped_release release;
     cpu::run_team(threads, level, body);
   };
+  m.attr("CACHE_BLOCK") = cpu::kCacheBlock;
   m.def("project", [=](const std::vector<WeightTuple>& tuples, Address x, int batch, const std::vector<Address>& to,
                        bool accumulate, const std::string& isa, int threads) {
     std::vector<cpu::Weight> weights;
@@ -392,6 +462,7 @@ void bind_decode(py::module_ m) {
   });
   m.def("quantize_int8", [=](const WeightTuple& tuple, Address out, Address scales, const std::string& isa,
                              int threads) {
+    dive::engine::check_team(1, threads, cpu::isa_from_name(isa));
     const py::gil_scoped_release release;
     cpu::quantize_int8(weight(tuple), pointer<std::int8_t>(out), pointer<float>(scales), cpu::isa_from_name(isa),
                        threads);
@@ -452,6 +523,7 @@ void bind_decode(py::module_ m) {
     });
   });
   m.def("read_memory", [](Address data, std::int64_t bytes, const std::string& isa, int threads) {
+    dive::engine::check_team(1, threads, cpu::isa_from_name(isa));
     const py::gil_scoped_release release;
     return cpu::read_memory(pointer<void>(data), bytes, cpu::isa_from_name(isa), threads);
   });

@@ -17,6 +17,7 @@ _HOME = {
     "DiveTrainingArguments": "dive_fast.train",
     "GenerateOutput": "dive_fast.decode",
     "InputError": "dive_fast.errors",
+    "PrefixCache": "dive_fast.decode",
     "Record": "dive_fast.data.record",
     "Scores": "dive_fast.metrics.scores",
     "Supervision": "dive_fast.supervision",

@@ -169,6 +169,18 @@ def _generate(commands) -> None:
     )
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is none (default)")
     sampling.add_argument("--seed", type=int, metavar="S", help="of the draw")
+    sampling.add_argument(
+        "--num-beams", type=int, default=1, metavar="N", help="search with N beams, 2 to 8, instead of drawing"
+    )
+    sampling.add_argument(
+        "--length-penalty", type=float, default=1.0, metavar="L", help="beams rank by log-probability / length^L"
+    )
+    sampling.add_argument(
+        "--num-return-sequences", type=int, default=1, metavar="N", help="reports per prompt: samples or best beams"
+    )
+    sampling.add_argument(
+        "--stop", nargs="+", default=[], metavar="TEXT", help="a report ends in front of any of these"
+    )
     sampling.add_argument("--engine", choices=("native", "transformers"), help="default: native where it applies")
 
 

@@ -165,7 +165,9 @@ def generate(args: Namespace) -> int:
     limit = [] if args.limit is None else [f"limit={args.limit}"]
     records = config.load_records(config.data_with_options(args.data, [*args.items, *limit]))
     model, processor = _steered_model(args)
-    count = files.write_rows(output, _predictions(args, model, processor, records), total=len(records))
+    count = files.write_rows(
+        output, _predictions(args, model, processor, records), total=len(records) * args.num_return_sequences
+    )
     print(f"{count} predictions in {output}. Score them: dive-fast evaluate {output}")
     return 0
 
@@ -197,7 +199,8 @@ def _trained_on(adapter: str | None) -> str:
 
 def _generation_options(args: Namespace) -> dict:
     choice = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    return {name: getattr(args, name) for name in ("max_new_tokens", "min_new_tokens", *choice, "engine")}
+    search = ("num_beams", "length_penalty", "num_return_sequences", "stop")
+    return {name: getattr(args, name) for name in ("max_new_tokens", "min_new_tokens", *choice, *search, "engine")}
 
 
 def _predictions(args: Namespace, model, processor, records: Sequence) -> Iterator[dict]:
@@ -206,8 +209,9 @@ def _predictions(args: Namespace, model, processor, records: Sequence) -> Iterat
     for start in range(0, len(records), args.batch_size):
         batch = records[start : start + args.batch_size]
         output = write(model, batch, processor=processor, **_generation_options(args))
-        for record, text, reason in zip(batch, output.texts, output.finish_reasons, strict=True):
-            yield {
+        results = [(record, sample) for record in batch for sample in range(args.num_return_sequences)]
+        for (record, sample), text, reason in zip(results, output.texts, output.finish_reasons, strict=True):
+            row = {
                 "id": record.id,
                 "prompt": record.prompt,
                 "prediction": text,
@@ -215,6 +219,7 @@ def _predictions(args: Namespace, model, processor, records: Sequence) -> Iterat
                 "finish_reason": reason,
                 "engine": output.stats["engine"],
             }
+            yield row | {"sample": sample} if args.num_return_sequences > 1 else row
 
 
 def _generate_one(args: Namespace, model, processor) -> int:
@@ -224,8 +229,13 @@ def _generate_one(args: Namespace, model, processor) -> int:
     from dive_fast.data import Record
 
     record = Record(id="prompt", prompt=args.prompt, report="", images=tuple(args.image))
-    streamer = TextStreamer(getattr(processor, "tokenizer", processor), skip_prompt=True, skip_special_tokens=True)
+    streamer = None
+    # What is not yet chosen, or may be cut off again, cannot be shown as it grows.
+    if args.num_beams == args.num_return_sequences == 1 and not args.stop:
+        streamer = TextStreamer(getattr(processor, "tokenizer", processor), skip_prompt=True, skip_special_tokens=True)
     output = write(model, [record], processor=processor, streamer=streamer, **_generation_options(args))
+    if streamer is None:
+        print("\n\n".join(output.texts))
     if output.finish_reasons[0] == "length":
         print(f"(cut off after {args.max_new_tokens} tokens; --max-new-tokens allows more)", file=sys.stderr)
     return 0

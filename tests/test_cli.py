@@ -72,7 +72,7 @@ def generation(monkeypatch, backbone):
         if seen.stop_after is not None and len(seen.calls) >= seen.stop_after:
             raise KeyboardInterrupt
         seen.calls.append(SimpleNamespace(model=model, records=list(records), streamer=streamer, options=options))
-        texts = [record.prompt.upper() for record in records]
+        texts = [record.prompt.upper() for record in records for _ in range(options["num_return_sequences"])]
         return SimpleNamespace(texts=texts, finish_reasons=["eos"] * len(texts), stats={"engine": "native"})
 
     def load(model, adapter):
@@ -321,6 +321,23 @@ def test_generate_writes_predictions(generation, data, tmp_path, capsys):
     assert [path.name for path in output.parent.iterdir()] == ["p.jsonl"]
     assert cli.main(argv) == 2 and "--overwrite" in capsys.readouterr().err
     assert cli.main([*argv, "--overwrite", "--limit", "3"]) == 0 and len(read_lines(output)) == 3
+
+
+def test_generate_writes_every_result_of_a_record(generation, data, tmp_path):
+    argv = ["generate", "--model", "m", "--data", str(data), "--output", str(tmp_path / "p.jsonl"), "--limit", "2"]
+    search = ["--num-beams", "3", "--length-penalty", "0.5", "--num-return-sequences", "2", "--stop", "a b", "END"]
+    assert cli.main([*argv, *search]) == 0
+    assert [(row["id"], row["sample"]) for row in read_lines(tmp_path / "p.jsonl")] == [
+        ("r0", 0), ("r0", 1), ("r1", 0), ("r1", 1)
+    ]  # fmt: skip
+    options = generation.calls[0].options
+    assert (options["num_beams"], options["length_penalty"], options["stop"]) == (3, 0.5, ["a b", "END"])
+
+
+@pytest.mark.parametrize("option", [["--num-beams", "2"], ["--stop", "x"], ["--num-return-sequences", "2"]])
+def test_a_report_that_cannot_be_streamed_is_printed_at_its_end(generation, option, capsys):
+    assert cli.main(["generate", "--model", "m", "--prompt", "Findings?", *option]) == 0
+    assert generation.calls[0].streamer is None and "FINDINGS?" in capsys.readouterr().out
 
 
 def test_generate_knows_what_the_adapter_was_trained_on(generation, backbone, data, tmp_path, capsys):

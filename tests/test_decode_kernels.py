@@ -17,6 +17,7 @@ CPU = native.load().cpu
 DECODE = CPU.decode
 LEVELS = CPU.kernel_levels()
 BEST = LEVELS[-1]
+CACHE_BLOCK = DECODE.CACHE_BLOCK
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/cpu/dtype.h
 KINDS = (*DTYPES, torch.int8)
 ACTIVATIONS = (F.silu, lambda x: F.gelu(x, approximate="tanh"), F.gelu)  # in that of GatedActivation
@@ -262,24 +263,40 @@ def first_of_the_largest(row):
     return nans[0] if nans else row.index(max(row))
 
 
+class Blocks:
+    """One row's cache [2, G, S, E] in blocks of two layers, of which this is the second, in no order in memory."""
+
+    def __init__(self, cache):
+        self.dtype, (_, kv_heads, positions, size) = cache.dtype, cache.shape
+        count = -(-positions // CACHE_BLOCK)
+        self.memory = torch.full((count, 2, 2, kv_heads, CACHE_BLOCK, size), math.nan, dtype=cache.dtype)
+        self.order = torch.randperm(count)
+        padded = torch.nn.functional.pad(cache, (0, 0, 0, count * CACHE_BLOCK - positions), value=math.nan)
+        self.memory[self.order, 1] = padded.unflatten(2, (count, CACHE_BLOCK)).movedim(2, 0)
+
+    def row(self, first, length):
+        slab = self.memory[0, 0, 0].nbytes
+        return [address(self.memory[i]) for i in self.order], 2 * slab, 3 * slab, first, length
+
+    def contents(self):
+        """[2, G, S, E] with S a multiple of the block."""
+        return self.memory[self.order, 1].movedim(0, 2).flatten(2, 3)
+
+
 class Attention:
-    """Queries and a cache [B, 2, G, capacity, E], NaN in unused positions; first position and length per row."""
+    """Queries and a cache [2, G, S, E] per row, NaN in unused positions; first position and length per row."""
 
     def __init__(self, heads, kv_heads, size, spans, dtype=torch.float32, softcap=0.0, spread=1.0):
-        capacity = max(end for _, end in spans) + 2
         self.q = torch.randn(len(spans), heads, size) * spread
-        self.cache = torch.full((len(spans), 2, kv_heads, capacity, size), math.nan, dtype=dtype)
-        for cache, (first, end) in zip(self.cache, spans, strict=True):
-            cache[:, :, first:end] = torch.randn(2, kv_heads, end - first, size)
+        self.caches = [torch.full((2, kv_heads, end, size), math.nan, dtype=dtype) for _, end in spans]
+        for cache, (first, end) in zip(self.caches, spans, strict=True):
+            cache[:, :, first:] = torch.randn(2, kv_heads, end - first, size)
+        self.blocks = [Blocks(cache) for cache in self.caches]
         self.spans, self.softcap = spans, softcap
         self.shape = (heads, kv_heads, size, DTYPES.index(dtype), size**-0.5, softcap)
 
     def rows(self):
-        stride = self.cache.stride(2)
-        return [
-            (address(cache[0]), address(cache[1]), stride, *span)
-            for cache, span in zip(self.cache, self.spans, strict=True)
-        ]
+        return [blocks.row(*span) for blocks, span in zip(self.blocks, self.spans, strict=True)]
 
     def run(self, level=BEST, threads=2, only=None):
         chosen = range(len(self.spans)) if only is None else only
@@ -290,8 +307,8 @@ class Attention:
 
     def true(self):
         results = []
-        for q, cache, (first, end) in zip(self.q.double(), self.cache.double(), self.spans, strict=True):
-            keys, values = cache[:, :, first:end].repeat_interleave(q.shape[0] // cache.shape[1], dim=1)
+        for q, cache, (first, end) in zip(self.q.double(), self.caches, self.spans, strict=True):
+            keys, values = cache.double()[:, :, first:end].repeat_interleave(q.shape[0] // cache.shape[1], dim=1)
             scores = torch.einsum("he,hse->hs", q, keys) * self.shape[4]
             if self.softcap:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
@@ -331,13 +348,16 @@ def test_attention_depends_neither_on_threads_nor_on_the_batch(level, dtype):
 @each_level
 def test_appending_to_the_cache(level, dtype):
     for kv_heads, size in ((3, 64), (1, 7), (2, 80)):
-        cache = torch.full((2, 2, kv_heads, 6, size), 9.0, dtype=dtype)
-        expected, new = cache.clone(), torch.randn(2, 2, kv_heads, size)
-        expected[0, :, :, 3], expected[1, :, :, 5] = new[:, 0], new[:, 1]
-        rows = [(address(c[0]), address(c[1]), c.stride(1), 0, end) for c, end in zip(cache, (4, 6), strict=True)]
+        lengths = 4, CACHE_BLOCK + 1, 2 * CACHE_BLOCK
+        rows = [Blocks(torch.full((2, kv_heads, 2 * CACHE_BLOCK, size), 9.0, dtype=dtype)) for _ in lengths]
+        new = torch.randn(2, 3, kv_heads, size)
+        expected = [row.contents() for row in rows]
+        for i, length in enumerate(lengths):
+            expected[i][:, :, length - 1] = new[:, i]
         shape = (kv_heads, kv_heads, size, DTYPES.index(dtype), 1.0, 0.0)
-        DECODE.append_to_cache(shape, address(new[0]), address(new[1]), rows, level, 3)
-        assert torch.equal(cache, expected)
+        tuples = [row.row(0, length) for row, length in zip(rows, lengths, strict=True)]
+        DECODE.append_to_cache(shape, address(new[0]), address(new[1]), tuples, level, 3)
+        assert all(torch.equal(row.contents(), e) for row, e in zip(rows, expected, strict=True))
 
 
 @settings(max_examples=60, deadline=None)

@@ -30,7 +30,7 @@ from tests.tiny_models import (
 ROWS = range(3)
 KINDS = ("lowrank", "fixed", "gated", "reft")
 REQUEST = {
-    "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0, "stream": 0,
+    "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0,
     "eos": [], "min_new_tokens": 0, "log_probs": False,
 }  # fmt: skip
 """A greedy request of the extension, without its length."""
@@ -62,7 +62,7 @@ def step_logits(model, batch, forced, names=None, **options):
         for row in range(rows)
     ]
     decoder.submit(session, batch, names, requests)
-    session.run(on_token=None, until_free=0)
+    session.run(on_token=None, cancelled=None, until_free=0)
     return logits
 
 
@@ -311,7 +311,7 @@ def test_a_finished_row_costs_nothing():
     decoder = NativeDecoder(model)
     session = decoder.session(2)
     decoder.submit(session, batch, None, [REQUEST | {"max_new_tokens": n} for n in (3, 20)])
-    session.run(on_token=None, until_free=0)
+    session.run(on_token=None, cancelled=None, until_free=0)
     assert (session.steps, session.rows_run) == (20, 23)
 
 
@@ -419,7 +419,7 @@ def test_another_thread_can_cancel():
     decoder.submit(session, text_batch(1), None, [REQUEST | {"max_new_tokens": 1_000_000}])
     timer = threading.Timer(0.2, session.cancel)
     timer.start()
-    session.run(on_token=None, until_free=0)
+    session.run(on_token=None, cancelled=None, until_free=0)
     tokens, _, finish = session.take(0)
     assert finish == "cancelled" and 0 < len(tokens) < 1_000_000
 
@@ -541,3 +541,24 @@ def test_real_prompts_on_smollm2_give_the_tokens_of_transformers(smollm2):
     ]
     assert outs[0].texts == outs[1].texts
     assert outs[0].finish_reasons == outs[1].finish_reasons
+
+
+def test_options_on_smollm2_are_those_of_transformers(smollm2):
+    model, tokenizer = smollm2
+    prompts = ["Describe the findings of the chest X-ray: cough.", "What is a lung? Name its parts."]
+    options = {"processor": tokenizer, "max_new_tokens": 12}
+    plain = dive_fast.generate(model, prompts, **options)
+    for more in (
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"stop": (plain.texts[0][10:17], plain.texts[1][15:20])},
+        {"stop": ("\u00e9", ". The")},
+    ):
+        outs = [
+            dive_fast.generate(model, prompts, engine=engine, **options, **more)
+            for engine in ("native", "transformers")
+        ]
+        assert outs[0].texts == outs[1].texts
+        assert outs[0].finish_reasons == outs[1].finish_reasons
+    cache = dive_fast.PrefixCache(2**28)
+    for _ in range(2):
+        assert dive_fast.generate(model, prompts, prefix_cache=cache, **options).texts == plain.texts

@@ -1,6 +1,9 @@
 #include "cpu/decode.h"
 
 #include <algorithm>
+#include <exception>
+#include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -19,9 +22,9 @@ constexpr std::int64_t kRowUnit = 4;
 // Elementwise work is divided at whole vectors of the widest level.
 constexpr std::int64_t kElementUnit = 16;
 
-// A row's positions are attended to in pieces of at least this many, and in at most kMostPieces pieces: enough of them
-// for all workers, few enough that merging costs little. The pieces depend on the row alone, and so does its result.
-constexpr std::int64_t kPiecePositions = 64;
+// A row's positions are attended to in pieces of whole blocks, and in at most this many pieces (one more where the first
+// position is inside a block): enough of them for all workers, few enough that merging costs little. The pieces depend
+// on the row alone, and so does its result.
 constexpr std::int64_t kMostPieces = 16;
 
 struct Range {
@@ -42,14 +45,20 @@ void pause() {
 #endif
 }
 
-std::int64_t piece_positions(const CacheRow& row) {
-  const std::int64_t count = row.length - row.first, piece = (count + kMostPieces - 1) / kMostPieces;
-  return std::max((piece + kPiecePositions - 1) / kPiecePositions * kPiecePositions, kPiecePositions);
-}
+// The pieces of a row: they begin at multiples of `positions`, the first of them at row.first.
+struct Pieces {
+  std::int64_t positions, count;
 
-std::int64_t pieces_of(const CacheRow& row) {
-  return (row.length - row.first + piece_positions(row) - 1) / piece_positions(row);
-}
+  explicit Pieces(const CacheRow& row) {
+    const std::int64_t span = kMostPieces * kCacheBlock;
+    positions = (row.length - row.first + span - 1) / span * kCacheBlock;
+    count = (row.length - 1) / positions - row.first / positions + 1;
+  }
+
+  std::int64_t end(std::int64_t begin, const CacheRow& row) const {
+    return std::min((begin / positions + 1) * positions, row.length);
+  }
+};
 
 // The team's memory, large enough. Everyone sees the same size before the first sync, since only what stands between
 // the two may change it.
@@ -59,8 +68,15 @@ float* shared_scratch(const Worker& worker, std::int64_t floats) {
   const auto size = static_cast<std::size_t>(floats);
   if (memory.size() < size) {
     worker.sync();
-    if (worker.index == 0) memory.resize(size + size / 2);
+    if (worker.index == 0) {
+      try {
+        memory.resize(size + size / 2);
+      } catch (const std::bad_alloc&) {
+      }
+    }
     worker.sync();
+    // All of them or none, or those who go on would wait for the others.
+    if (memory.size() < size) throw std::bad_alloc();
   }
   return memory.data();
 }
@@ -87,7 +103,17 @@ void run_team(int threads, Isa isa, const std::function<void(const Worker&)>& bo
   thread_local std::vector<float> scratch;
   std::vector<float>* const shared = &scratch;
   Barrier barrier(threads);
-  parallel_together(threads, [&](int index) { body({index, threads, isa, &barrier, shared}); });
+  std::mutex mutex;
+  std::exception_ptr error;
+  parallel_together(threads, [&](int index) {
+    try {
+      body({index, threads, isa, &barrier, shared});
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
 }
 
 void project(const Worker& worker, const Weight* const* weights, int count, const float* x, int batch,
@@ -144,42 +170,45 @@ void append_to_cache(const Worker& worker, const AttentionShape& shape, const fl
   const std::int64_t E = shape.head_size, width = size_of(shape.cache_dtype);
   for (std::int64_t i = mine.begin; i < mine.end; ++i) {
     const CacheRow& row = rows[i / shape.kv_heads];
-    const std::int64_t to = width * (i % shape.kv_heads * row.head_stride + (row.length - 1) * E);
+    const std::int64_t last = row.length - 1;
+    std::byte* const to =
+        row.blocks[last / kCacheBlock] + width * E * (i % shape.kv_heads * kCacheBlock + last % kCacheBlock);
     const DType dtype = shape.cache_dtype;
-    DIVE_DISPATCH(worker.isa, narrow_range, keys + i * E, E, dtype, static_cast<char*>(row.keys) + to);
-    DIVE_DISPATCH(worker.isa, narrow_range, values + i * E, E, dtype, static_cast<char*>(row.values) + to);
+    DIVE_DISPATCH(worker.isa, narrow_range, keys + i * E, E, dtype, to + row.keys);
+    DIVE_DISPATCH(worker.isa, narrow_range, values + i * E, E, dtype, to + row.values);
   }
 }
 
 void attention(const Worker& worker, const AttentionShape& shape, const float* q, const CacheRow* rows, int batch,
                float* out) {
-  const std::int64_t E = shape.head_size, G = shape.kv_heads, width = size_of(shape.cache_dtype);
+  const std::int64_t E = shape.head_size, G = shape.kv_heads;
   const std::int64_t shared = shape.heads / shape.kv_heads, partial = partial_size(shape.head_size);
   std::int64_t positions = 0, pieces = 0;
   for (int b = 0; b < batch; ++b) {
     positions += rows[b].length - rows[b].first;
-    pieces += pieces_of(rows[b]);
+    pieces += Pieces(rows[b]).count;
   }
   float* const partials = shared_scratch(worker, pieces * shape.heads * partial);
 
-  // Pieces in the order [row][head][piece], dealt out by positions: those whose middle lies in a worker's share.
+  // Pieces lie in the order [row][head][piece]. They are computed block by block, whose heads are side by side in memory,
+  // and dealt out by positions: those whose middle lies in a worker's share.
   std::int64_t before = 0;
   float* to = partials;
   for (int b = 0; b < batch; ++b) {
     const CacheRow& row = rows[b];
-    for (std::int64_t g = 0; g < G; ++g) {
-      for (std::int64_t s = row.first; s < row.length; s += piece_positions(row)) {
-        const std::int64_t end = std::min(s + piece_positions(row), row.length);
+    const Pieces split(row);
+    std::int64_t piece = 0;
+    for (std::int64_t s = row.first, end; s < row.length; s = end, ++piece) {
+      end = split.end(s, row);
+      for (int g = 0; g < G; ++g) {
         if ((2 * before + end - s) * worker.count / (2 * positions * G) == worker.index) {
-          const std::int64_t head = width * g * row.head_stride;
-          DIVE_DISPATCH(worker.isa, attend_positions, shape, q + (b * shape.heads + g * shared) * E,
-                        static_cast<const char*>(row.keys) + head, static_cast<const char*>(row.values) + head, s, end,
-                        to);
+          DIVE_DISPATCH(worker.isa, attend_positions, shape, q + (b * shape.heads + g * shared) * E, row, g, s, end,
+                        to + (g * split.count + piece) * shared * partial);
         }
         before += end - s;
-        to += shared * partial;
       }
     }
+    to += split.count * shape.heads * partial;
   }
   worker.sync();
 
@@ -187,7 +216,7 @@ void attention(const Worker& worker, const AttentionShape& shape, const float* q
   const float* from = partials;
   std::int64_t first = 0;  // head of row b, among all
   for (int b = 0; b < batch; ++b) {
-    const std::int64_t count = pieces_of(rows[b]);
+    const std::int64_t count = Pieces(rows[b]).count;
     for (std::int64_t i = std::max(mine.begin, first); i < std::min(mine.end, first + shape.heads); ++i) {
       const std::int64_t h = i - first;
       const float* head = from + (h / shared * count * shared + h % shared) * partial;

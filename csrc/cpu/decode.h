@@ -45,7 +45,8 @@ struct Worker {
   }
 };
 
-// Runs body(worker) on `threads` threads within one parallel_together() call.
+// Runs body(worker) on `threads` threads within one parallel_together() call. The first exception of a body is thrown
+// here; a body may throw where no sync follows, or where all of the team's do.
 void run_team(int threads, Isa isa, const std::function<void(const Worker&)>& body);
 
 // outputs[i][b][n] = sum over k of x[b][k] * weights[i][n][k] + bias[n]: `count` matrices over the same x, each read

@@ -4,8 +4,7 @@
 namespace dive::cpu::DIVE_ISA {
 namespace {
 
-// Positions in a block. 64 keys and values of 128 floats are 64 KiB, of bfloat16 32 KiB.
-constexpr int kPositions = 64;
+constexpr int kPositions = kCacheBlock;
 
 // Vectors of a head's columns in a tile with up to 4 query heads: 16 sums with AVX-512, 8 without.
 #if defined(__AVX512F__)
@@ -15,10 +14,10 @@ constexpr int kColumnTile = 2;
 #endif
 
 // scores[h][s] of `count` positions for `heads` query heads, the exponent's argument but for the largest score; -inf
-// in the positions after them.
+// in the positions after them. The next keys lie `ahead` bytes further on and come while these scores are computed.
 template <class Element>
 inline void score_positions(const AttentionShape& shape, const float* q, int heads, const Element* keys, int count,
-                            float (*scores)[kPositions]) {
+                            std::int64_t ahead, float (*scores)[kPositions]) {
   const std::int64_t E = shape.head_size;
   vi lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -31,9 +30,8 @@ inline void score_positions(const AttentionShape& shape, const float* q, int hea
     for (int h = 0; h < heads; h += kBatchTile) {
       const int some = heads - h < kBatchTile ? heads - h : kBatchTile;
       vf found[kBatchTile];
-      // The next block's keys come while this one's scores are computed.
-      const auto* ahead = h ? nullptr : reinterpret_cast<const char*>(keys + (s + kPositions) * E);
-      dot_block(keys + s * E, E, rows, q + h * E, some, E, ahead, found);
+      const auto* next = h || !ahead ? nullptr : reinterpret_cast<const char*>(keys + s * E) + ahead;
+      dot_block(keys + s * E, E, rows, q + h * E, some, E, next, found);
       for (int i = 0; i < some; ++i) {
         vf score = found[i] * splat(shape.scale);
         if (shape.softcap > 0) score = splat(shape.softcap) * tanh(score / splat(shape.softcap));
@@ -62,10 +60,12 @@ inline float soften(float* scores, float& largest, float& total) {
   return factor;
 }
 
-// out[h][0 ... kC vectors) = factors[h] * itself + sum over s of scores[h][s] * values[s].
+// out[h][0 ... kC vectors) = factors[h] * itself + sum over s of scores[h][s] * values[s]. As with keys, the next values
+// lie `ahead` bytes further on.
 template <int kH, int kC, bool kWhole, class Element>
-inline void gather_tile(const Element* values, std::int64_t E, int lanes, int count, const float (*scores)[kPositions],
-                        const float* factors, float* out, std::int64_t out_stride) {
+inline void gather_tile(const Element* values, std::int64_t E, int lanes, int count, std::int64_t ahead,
+                        const float (*scores)[kPositions], const float* factors, float* out, std::int64_t out_stride) {
+  constexpr int kVector = static_cast<int>(kLanes * sizeof(Element)), kLine = kVector < 64 ? 64 / kVector : 1;
   vf sums[kH][kC];
   const auto load_at = [&](const auto* p) __attribute__((always_inline)) {
     return kWhole ? load(p) : load_partial(p, lanes);
@@ -74,6 +74,11 @@ inline void gather_tile(const Element* values, std::int64_t E, int lanes, int co
     unroll<kC>([&](auto c) { sums[h][c] = load_at(out + h * out_stride + c * kLanes) * splat(factors[h]); });
   });
   for (int s = 0; s < count; ++s) {
+    if (ahead) {
+      unroll<(kC + kLine - 1) / kLine>([&](auto line) {
+        __builtin_prefetch(reinterpret_cast<const char*>(values + s * E + line * kLine * kLanes) + ahead);
+      });
+    }
     vf columns[kC];
     unroll<kC>([&](auto c) { columns[c] = load_at(values + s * E + c * kLanes); });
     unroll<kH>([&](auto h) {
@@ -94,23 +99,23 @@ inline void gather_tile(const Element* values, std::int64_t E, int lanes, int co
 }
 
 template <int kH, class Element>
-inline void gather_heads(const Element* values, std::int64_t E, int count, const float (*scores)[kPositions],
-                         const float* factors, float* out, std::int64_t stride) {
+inline void gather_heads(const Element* values, std::int64_t E, int count, std::int64_t ahead,
+                         const float (*scores)[kPositions], const float* factors, float* out, std::int64_t stride) {
   std::int64_t e = 0;
   for (; e + kColumnTile * kLanes <= E; e += kColumnTile * kLanes) {
-    gather_tile<kH, kColumnTile, true>(values + e, E, kLanes, count, scores, factors, out + e, stride);
+    gather_tile<kH, kColumnTile, true>(values + e, E, kLanes, count, ahead, scores, factors, out + e, stride);
   }
   for (; e + kLanes <= E; e += kLanes) {
-    gather_tile<kH, 1, true>(values + e, E, kLanes, count, scores, factors, out + e, stride);
+    gather_tile<kH, 1, true>(values + e, E, kLanes, count, ahead, scores, factors, out + e, stride);
   }
   if (e < E) {
     const int lanes = static_cast<int>(E - e);
-    gather_tile<kH, 1, false>(values + e, E, lanes, count, scores, factors, out + e, stride);
+    gather_tile<kH, 1, false>(values + e, E, lanes, count, ahead, scores, factors, out + e, stride);
   }
 }
 
 template <class Element>
-void attend(const AttentionShape& shape, const float* q, int heads, const Element* keys, const Element* values,
+void attend(const AttentionShape& shape, const float* q, int heads, const CacheRow& row, int kv_head,
             std::int64_t begin, std::int64_t end, float* partials) {
   const std::int64_t E = shape.head_size, stride = partial_size(shape.head_size);
   float scores[kHeadTile][kPositions], factors[kHeadTile];
@@ -119,19 +124,25 @@ void attend(const AttentionShape& shape, const float* q, int heads, const Elemen
     for (std::int64_t e = 0; e < E + 2; ++e) partial[e] = 0;
     partial[E] = -INFINITY;
   }
-  for (std::int64_t s = begin; s < end; s += kPositions) {
-    const int count = end - s < kPositions ? static_cast<int>(end - s) : kPositions;
-    score_positions(shape, q, heads, keys + s * E, count, scores);
+  int count;
+  for (std::int64_t s = begin; s < end; s += count) {
+    const std::int64_t block = s / kPositions, next = (block + 1) * kPositions;
+    const std::int64_t offset = (kv_head * kPositions + s % kPositions) * E * static_cast<std::int64_t>(sizeof(Element));
+    const auto* keys = reinterpret_cast<const Element*>(row.blocks[block] + row.keys + offset);
+    const auto* values = reinterpret_cast<const Element*>(row.blocks[block] + row.values + offset);
+    const std::int64_t ahead = next < row.length ? row.blocks[block + 1] - row.blocks[block] : 0;
+    count = static_cast<int>((next < end ? next : end) - s);
+    score_positions(shape, q, heads, keys, count, ahead, scores);
     for (int h = 0; h < heads; ++h) {
       float* numbers = partials + h * stride + E;
       factors[h] = soften(scores[h], numbers[0], numbers[1]);
     }
     int h = 0;
     for (; h + 4 <= heads; h += 4) {
-      gather_heads<4>(values + s * E, E, count, scores + h, factors + h, partials + h * stride, stride);
+      gather_heads<4>(values, E, count, h ? 0 : ahead, scores + h, factors + h, partials + h * stride, stride);
     }
     const auto rest = [&](auto kH) {
-      gather_heads<kH>(values + s * E, E, count, scores + h, factors + h, partials + h * stride, stride);
+      gather_heads<kH>(values, E, count, h ? 0 : ahead, scores + h, factors + h, partials + h * stride, stride);
     };
     if (heads - h == 3) rest(std::integral_constant<int, 3>{});
     if (heads - h == 2) rest(std::integral_constant<int, 2>{});
@@ -141,16 +152,15 @@ void attend(const AttentionShape& shape, const float* q, int heads, const Elemen
 
 }  // namespace
 
-void attend_positions(const AttentionShape& shape, const float* q, const void* keys, const void* values,
-                      std::int64_t begin, std::int64_t end, float* partials) {
+void attend_positions(const AttentionShape& shape, const float* q, const CacheRow& row, int kv_head, std::int64_t begin,
+                      std::int64_t end, float* partials) {
   with_elements(shape.cache_dtype, false, [&](auto* type) {
     using Element = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     if constexpr (!std::is_same_v<Element, Int8>) {
       const int shared = shape.heads / shape.kv_heads;
       for (int h = 0; h < shared; h += kHeadTile) {
-        attend(shape, q + h * shape.head_size, shared - h < kHeadTile ? shared - h : kHeadTile,
-               static_cast<const Element*>(keys), static_cast<const Element*>(values), begin, end,
-               partials + h * partial_size(shape.head_size));
+        attend<Element>(shape, q + h * shape.head_size, shared - h < kHeadTile ? shared - h : kHeadTile, row, kv_head,
+                        begin, end, partials + h * partial_size(shape.head_size));
       }
     }
   });

@@ -40,10 +40,10 @@ DIVE_DECLARE_VARIANTS(void narrow_range(const float* x, std::int64_t count, DTyp
 DIVE_DECLARE_VARIANTS(std::uint32_t read_range(const void* data, std::int64_t bytes))
 DIVE_DECLARE_VARIANTS(std::int64_t argmax_range(const float* x, std::int64_t count))
 
-// Positions [begin, end) of the cache of one key/value head for the H / G query heads that share it: q and out hold
-// them one after the other, out as partials.
-DIVE_DECLARE_VARIANTS(void attend_positions(const AttentionShape& shape, const float* q, const void* keys,
-                                            const void* values, std::int64_t begin, std::int64_t end, float* partials))
+// Positions [begin, end) of one key/value head's cache for the H / G query heads that share it: q and partials hold them
+// one after the other.
+DIVE_DECLARE_VARIANTS(void attend_positions(const AttentionShape& shape, const float* q, const CacheRow& row,
+                                            int kv_head, std::int64_t begin, std::int64_t end, float* partials))
 // out[E] from `count` partials of one query head, `stride` apart.
 DIVE_DECLARE_VARIANTS(void merge_partials(const float* partials, std::int64_t stride, int count, int head_size,
                                           float* out))

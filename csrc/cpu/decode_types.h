@@ -2,6 +2,7 @@
 // heads, E head size, S cached positions.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "cpu/dtype.h"
@@ -17,13 +18,16 @@ struct Weight {
   const float* bias;         // [N] or null
 };
 
-// One row's cache in one layer: [G][capacity][E] elements of the shape's dtype.
+// Positions in a block of a cache. What attention holds of one at a time, 64 keys and values of 128 floats, is 64 KiB.
+inline constexpr int kCacheBlock = 64;
+
+// One row's cache in one layer. Position s is in blocks[s / kCacheBlock], which holds keys and values as
+// [G][kCacheBlock][E] elements of the shape's dtype, each that many bytes behind the block's start.
 struct CacheRow {
-  void* keys;
-  void* values;
-  std::int64_t head_stride;  // capacity * E
-  std::int64_t first;        // the first position attended to
-  std::int64_t length;       // positions held, the current one included
+  std::byte* const* blocks;
+  std::int64_t keys, values;
+  std::int64_t first;   // the first position attended to
+  std::int64_t length;  // positions held, the current one included
 };
 
 struct AttentionShape {

@@ -8,6 +8,7 @@
 
 #include "cpu/decode.h"
 #include "cpu/step_steer.h"
+#include "engine/check.h"
 
 namespace dive::cpu {
 namespace {
@@ -90,7 +91,7 @@ class CpuStepper final : public engine::Stepper {
       const std::int64_t window = plan_.layers[l].window;
       for (std::size_t b = 0; b < B; ++b) {
         const std::int64_t length = rows[b].position + 1;
-        shared_.caches[l * B + b] = {rows[b].cache->keys(l), rows[b].cache->values(l), rows[b].cache->head_stride(),
+        shared_.caches[l * B + b] = {rows[b].cache->blocks(), rows[b].cache->keys(l), rows[b].cache->values(l),
                                      window > 0 && length > window ? length - window : 0, length};
       }
     }
@@ -189,6 +190,7 @@ class CpuStepper final : public engine::Stepper {
 }  // namespace
 
 std::unique_ptr<engine::Stepper> make_stepper(const Plan& plan, int max_rows, int threads, Isa isa) {
+  engine::check_team(max_rows, threads, isa);
   return std::make_unique<CpuStepper>(plan, max_rows, threads, isa);
 }
 

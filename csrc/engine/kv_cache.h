@@ -1,46 +1,85 @@
-// Keys and values of one sequence. Its memory is reserved for the longest it may become and untouched until it is
-// written, so what it really takes grows page by page with the sequence.
+// Keys and values of sequences, in blocks of some positions. Sequences that begin alike share blocks, and whoever writes
+// to a shared one gets a copy of it first; so a sequence is copied, or put in another's place, by swapping references.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <new>
+#include <vector>
 
-#include "cpu/decode.h"
 #include "engine/plan.h"
 
 namespace dive::engine {
 
-class KvCache {
- public:
-  KvCache(const Plan& plan, std::int64_t capacity)
-      : kv_heads_(plan.kv_heads), head_size_(plan.head_size), element_(cpu::size_of(plan.cache_dtype)),
-        capacity_(capacity) {
-    // A page of its own for every cache; the size is a multiple of the alignment, as aligned_alloc wants it.
-    constexpr std::size_t kAlignment = 4096;
-    const std::size_t bytes = plan.layers.size() * 2 * block();
-    memory_.reset(static_cast<std::byte*>(
-        std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment)));
-    if (!memory_) throw std::bad_alloc();
-  }
+// One layer's keys or values of a prompt, [G][positions][E] with the given strides in elements; the last is unit.
+struct PrefilledLayer {
+  const void *keys, *values;
+  std::int64_t keys_head_stride, keys_stride, values_head_stride, values_stride;
+};
 
-  // [G][capacity][E] of one layer.
-  void* keys(std::size_t layer) const { return memory_.get() + 2 * layer * block(); }
-  void* values(std::size_t layer) const { return memory_.get() + (2 * layer + 1) * block(); }
-  std::int64_t head_stride() const { return capacity_ * head_size_; }
-  std::int64_t capacity() const { return capacity_; }
+// The memory of one session's caches, which it must outlive. Blocks that nobody holds are kept for the next sequence.
+// Only the thread that runs the session may use it.
+class BlockPool {
+ public:
+  using Block = std::shared_ptr<std::byte>;
+
+  explicit BlockPool(const Plan& plan);
+  BlockPool(const BlockPool&) = delete;
+
+  // A block for cpu::kCacheBlock positions in all layers, its contents undefined.
+  Block take();
+
+  // Copies the first `positions` of one block to another.
+  void copy(const std::byte* from, std::byte* to, std::int64_t positions) const;
+
+  // Bytes from a block's start to a layer's keys or values, [G][cpu::kCacheBlock][E].
+  std::int64_t keys(std::size_t layer) const { return static_cast<std::int64_t>(2 * layer) * slab_; }
+  std::int64_t values(std::size_t layer) const { return keys(layer) + slab_; }
+  std::size_t layers() const { return layers_; }
+  int kv_heads() const { return kv_heads_; }
+  std::int64_t row_bytes() const { return row_; }  // of one position's keys in one head
+
+  std::int64_t block_bytes() const { return static_cast<std::int64_t>(layers_) * 2 * slab_; }
+  std::int64_t blocks_made() const { return made_; }
+  std::int64_t blocks_held() const { return made_ - static_cast<std::int64_t>(free_.size()); }
 
  private:
   struct Free {
-    void operator()(void* memory) const { std::free(memory); }
+    void operator()(std::byte* memory) const { std::free(memory); }
   };
 
-  std::size_t block() const { return static_cast<std::size_t>(kv_heads_) * capacity_ * head_size_ * element_; }
+  const std::size_t layers_;
+  const int kv_heads_;
+  const std::int64_t row_, slab_, element_;
+  std::vector<std::unique_ptr<std::byte, Free>> free_;
+  std::int64_t made_ = 0;
 
-  std::int64_t kv_heads_, head_size_, element_, capacity_;
-  std::unique_ptr<std::byte, Free> memory_;
+  friend class KvCache;
+};
+
+// One sequence's keys and values. A copy shares all blocks.
+class KvCache {
+ public:
+  explicit KvCache(BlockPool& pool) : pool_(&pool) {}
+
+  // Positions 0 ... count - 1 from a prompt's tensors; the cache must be empty.
+  void fill(const std::vector<PrefilledLayer>& layers, std::int64_t count);
+
+  // Before `position`, the first one behind those written, is written: sees to it that its block is there, and this
+  // sequence's alone.
+  void make_room(std::int64_t position);
+
+  std::byte* const* blocks() const { return table_.data(); }
+  std::int64_t keys(std::size_t layer) const { return pool_->keys(layer); }
+  std::int64_t values(std::size_t layer) const { return pool_->values(layer); }
+
+ private:
+  void add(BlockPool::Block block);
+
+  BlockPool* pool_;
+  std::vector<BlockPool::Block> held_;
+  std::vector<std::byte*> table_;  // the blocks of held_
 };
 
 }  // namespace dive::engine

@@ -33,14 +33,6 @@ std::int64_t largest(const float* logits, std::int64_t vocabulary) {
   return best;
 }
 
-double log_of_sum_of_exp(const float* logits, std::int64_t vocabulary, float top) {
-  double total = 0;
-  for (std::int64_t v = 0; v < vocabulary; ++v) {
-    if (logits[v] <= top) total += std::exp(logits[v] - top);
-  }
-  return top + std::log(total);
-}
-
 // The logit of the k-th likeliest token.
 float kth_largest(const float* logits, std::int64_t vocabulary, std::int64_t k) {
   std::vector<float> sorted(logits, logits + vocabulary);
@@ -77,7 +69,8 @@ struct Weights {
 
   Weights(const float* logits, std::int64_t vocabulary, float top, float temperature, float lowest)
       : each(vocabulary), blocks((vocabulary + kBlock - 1) / kBlock) {
-    const float factor = 1.0f / temperature;
+    // The smallest temperatures have no finite inverse, and 0 * infinity is not a number.
+    const float factor = std::min(1.0f / temperature, std::numeric_limits<float>::max());
     for (std::int64_t v = 0; v < vocabulary; ++v) {
       const float weight = exp_of_negative((logits[v] - top) * factor);
       each[v] = logits[v] >= lowest ? weight : 0.0f;
@@ -155,6 +148,14 @@ std::int64_t sampled(const Sampling& sampling, const float* logits, std::int64_t
 
 }  // namespace
 
+double log_sum_exp(const float* logits, std::int64_t vocabulary, float top) {
+  double total = 0;
+  for (std::int64_t v = 0; v < vocabulary; ++v) {
+    if (logits[v] <= top) total += std::exp(logits[v] - top);
+  }
+  return top + std::log(total);
+}
+
 double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step) {
   std::array<std::uint32_t, 4> counter{static_cast<std::uint32_t>(step), static_cast<std::uint32_t>(step >> 32),
                                        static_cast<std::uint32_t>(stream), static_cast<std::uint32_t>(stream >> 32)};
@@ -175,7 +176,7 @@ Choice choose(const Sampling& sampling, float* logits, std::int64_t vocabulary, 
               bool wants_log_prob) {
   double lse = 0;
   std::vector<std::pair<std::int64_t, float>> changed;
-  if (wants_log_prob) lse = log_of_sum_of_exp(logits, vocabulary, logits[likeliest]);
+  if (wants_log_prob) lse = log_sum_exp(logits, vocabulary, logits[likeliest]);
   const bool penalized = sampling.repetition_penalty != 1.0f;
   const auto change = [&](std::int64_t token, float value) {
     if (wants_log_prob) changed.emplace_back(token, logits[token]);

@@ -21,6 +21,9 @@ struct Sampling {
 // 3", 2011), so a row needs no state and does not feel its neighbours.
 double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step);
 
+// log(sum of e^logits); `top` is the largest of them.
+double log_sum_exp(const float* logits, std::int64_t vocabulary, float top);
+
 struct Choice {
   std::int64_t token;
   float log_prob;  // of the token under the logits as they came

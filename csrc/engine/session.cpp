@@ -1,10 +1,11 @@
 #include "engine/session.h"
 
-#include <algorithm>
 #include <chrono>
-#include <cstring>
+#include <cmath>
 #include <stdexcept>
 #include <utility>
+
+#include "engine/check.h"
 
 namespace dive::engine {
 namespace {
@@ -12,71 +13,45 @@ namespace {
 // Often enough for a keyboard interrupt to feel immediate, rarely enough to cost nothing.
 constexpr std::chrono::milliseconds kPollInterval{50};
 
-void copy_heads(const Plan& plan, const void* from, std::int64_t head_stride, std::int64_t stride, std::int64_t count,
-                void* to, std::int64_t to_head_stride) {
-  const std::int64_t element = cpu::size_of(plan.cache_dtype), row = plan.head_size * element;
-  for (int head = 0; head < plan.kv_heads; ++head) {
-    const char* source = static_cast<const char*>(from) + head * head_stride * element;
-    char* target = static_cast<char*>(to) + head * to_head_stride * element;
-    for (std::int64_t i = 0; i < count; ++i) std::memcpy(target + i * row, source + i * stride * element, row);
+}  // namespace
+
+Session::Session(const Plan& plan, std::unique_ptr<Stepper> stepper, int max_rows)
+    : plan_(plan), stepper_(std::move(stepper)), max_rows_(max_rows), pool_(plan) {}
+
+void Session::check_results(const Request& request) const {
+  const int beams = request.search.beams;
+  if (beams < 1 || beams > max_rows_) throw std::invalid_argument("submit: more beams than rows");
+  if (request.streams.empty() || (beams > 1 && request.streams.size() > static_cast<std::size_t>(beams))) {
+    throw std::invalid_argument("submit: one to `beams` results of a search");
+  }
+  if (!request.forced.empty() && (beams > 1 || request.streams.size() > 1)) {
+    throw std::invalid_argument("submit: forced tokens are for a single result");
+  }
+  if (!std::isfinite(request.search.length_penalty)) throw std::invalid_argument("submit: length_penalty is not finite");
+  if (beams > 1 && request.stop) throw std::invalid_argument("submit: a search knows no stop strings");
+  if (beams > 1 && candidates_of(request) + request.eos.size() > static_cast<std::size_t>(plan_.vocabulary)) {
+    throw std::invalid_argument("submit: the vocabulary is too small for so many beams");
   }
 }
 
-}  // namespace
-
-struct Session::Row {
-  std::int64_t number;
-  Request request;
-  KvCache cache;
-  std::int64_t position, token;
-  std::vector<std::int64_t> seen;  // distinct, kept only where a penalty needs them
-  std::unordered_set<std::int64_t> seen_set;
-  Choice choice{};
-
-  Row(const Plan& plan, std::int64_t number, Request given)
-      : number(number), request(std::move(given)),
-        cache(plan, request.prefilled + request.max_new_tokens), position(request.prefilled),
-        token(request.prompt.back()) {
-    for (const std::int64_t t : request.prompt) note(t);
+std::int64_t Session::submit(Request given, const std::vector<PrefilledLayer>& layers) {
+  check(plan_, given, layers);
+  check_results(given);
+  const auto request = std::make_shared<const Request>(std::move(given));
+  KvCache prompt(pool_);
+  prompt.fill(layers, request->prefilled);
+  const std::int64_t first = static_cast<std::int64_t>(results_.size());
+  std::vector<Result*> results;
+  for (std::size_t i = 0; i < request->streams.size(); ++i) results.push_back(&results_.emplace_back());
+  if (request->search.beams > 1) {
+    waiting_.push_back(search_beams(plan_, request, prompt, std::move(results)));
+    return first;
   }
-
-  void note(std::int64_t t) {
-    if (request.sampling.repetition_penalty != 1.0f && seen_set.insert(t).second) seen.push_back(t);
+  for (std::size_t i = 0; i < results.size(); ++i) {
+    const std::int64_t number = first + static_cast<std::int64_t>(i);
+    waiting_.push_back(sample_row(plan_, request, i, prompt, number, results[i], &told_));
   }
-};
-
-Session::Session(const Plan& plan, std::unique_ptr<Stepper> stepper, int max_rows)
-    : plan_(plan), stepper_(std::move(stepper)), max_rows_(max_rows) {}
-
-Session::~Session() = default;
-
-std::int64_t Session::submit(Request request, const std::vector<PrefilledLayer>& layers) {
-  if (request.prompt.empty()) throw std::invalid_argument("submit: the prompt is empty");
-  if (request.prefilled > 0 && layers.size() != plan_.layers.size()) {
-    throw std::invalid_argument("submit: one prefilled layer per layer of the plan is needed");
-  }
-  for (const auto* tokens : {&request.prompt, &request.eos, &request.forced}) {
-    for (const std::int64_t token : *tokens) {
-      if (token < 0 || token >= plan_.vocabulary) throw std::invalid_argument("submit: a token outside the vocabulary");
-    }
-  }
-  for (const int adapter : request.adapters) {
-    if (adapter < 0 || adapter >= static_cast<int>(plan_.adapters.size())) {
-      throw std::invalid_argument("submit: no such adapter");
-    }
-  }
-  const std::int64_t number = static_cast<std::int64_t>(results_.size());
-  auto row = std::make_unique<Row>(plan_, number, std::move(request));
-  for (std::size_t l = 0; row->request.prefilled > 0 && l < layers.size(); ++l) {
-    const std::int64_t count = row->request.prefilled;
-    copy_heads(plan_, layers[l].keys, layers[l].keys_head_stride, layers[l].keys_stride, count, row->cache.keys(l),
-               row->cache.head_stride());
-    copy_heads(plan_, layers[l].values, layers[l].values_head_stride, layers[l].values_stride, count,
-               row->cache.values(l), row->cache.head_stride());
-  }
-  results_.emplace_back();
-  waiting_.push_back(std::move(row));
-  return number;
+  return first;
 }
 
 void Session::run(const Callbacks& callbacks, int until_free) {
@@ -84,14 +59,23 @@ void Session::run(const Callbacks& callbacks, int until_free) {
   for (;;) {
     admit();
     if (active_.empty()) return;
-    if (until_free > 0 && max_rows_ - static_cast<int>(active_.size()) >= until_free) return;
+    if (until_free > 0 && max_rows_ - rows_taken_ >= until_free) return;
     if (cancelled_.exchange(false, std::memory_order_relaxed)) {
       cancel_all();
       return;
     }
     step();
-    // Stable, so that rows keep their order and what is streamed of each step comes in the order of the requests.
-    std::erase_if(active_, [&](const std::unique_ptr<Row>& row) { return advance(*row, callbacks); });
+    // All rows take their token in before anyone is told, so that a callback that throws leaves nothing half done. The
+    // order is kept: what is streamed of each step comes in the order of the requests.
+    told_.clear();
+    std::erase_if(active_, [this](const std::unique_ptr<Task>& task) {
+      if (!task->advance()) return false;
+      rows_taken_ -= task->most_rows();
+      return true;
+    });
+    if (callbacks.token) {
+      for (const auto& [number, token] : told_) callbacks.token(number, token);
+    }
     if (callbacks.poll && std::chrono::steady_clock::now() >= next_poll) {
       callbacks.poll();
       next_poll = std::chrono::steady_clock::now() + kPollInterval;
@@ -100,7 +84,8 @@ void Session::run(const Callbacks& callbacks, int until_free) {
 }
 
 void Session::admit() {
-  while (static_cast<int>(active_.size()) < max_rows_ && !waiting_.empty()) {
+  while (!waiting_.empty() && rows_taken_ + waiting_.front()->most_rows() <= max_rows_) {
+    rows_taken_ += waiting_.front()->most_rows();
     active_.push_back(std::move(waiting_.front()));
     waiting_.pop_front();
   }
@@ -108,66 +93,35 @@ void Session::admit() {
 
 void Session::step() {
   step_rows_.clear();
-  for (const auto& row : active_) {
-    step_rows_.push_back({row->token, row->position, row->position + row->request.rope_offset, &row->cache,
-                          &row->request.adapters});
+  owners_.clear();
+  for (const auto& task : active_) {
+    const std::size_t before = step_rows_.size();
+    task->prepare(step_rows_);
+    for (std::size_t i = before; i < step_rows_.size(); ++i) owners_.emplace_back(task.get(), i - before);
   }
   stepper_->step(step_rows_, [this](std::size_t b, float* logits, std::int64_t likeliest) {
-    sample(*active_[b], logits, likeliest);
+    owners_[b].first->see(owners_[b].second, logits, likeliest);
   });
   ++steps_;
-  rows_run_ += static_cast<std::int64_t>(active_.size());
-}
-
-void Session::sample(Row& row, float* logits, std::int64_t likeliest) {
-  const Request& request = row.request;
-  const std::size_t done = results_[row.number].tokens.size();
-  const bool forced = done < request.forced.size();
-  if (forced && request.forced_logits) {
-    std::copy_n(logits, plan_.vocabulary, request.forced_logits + static_cast<std::int64_t>(done) * plan_.vocabulary);
-  }
-  static const std::vector<std::int64_t> none;
-  const bool too_short = static_cast<std::int64_t>(done) < request.min_new_tokens;
-  if (forced) {
-    row.choice = {request.forced[done], 0.0f};
-  } else {
-    row.choice = choose(request.sampling, logits, plan_.vocabulary, likeliest, row.seen,
-                        too_short ? request.eos : none, done, request.log_probs);
-  }
-}
-
-// Takes the row's choice in; true where the row has ended.
-bool Session::advance(Row& row, const Callbacks& callbacks) {
-  const Request& request = row.request;
-  Result& result = results_[row.number];
-  const std::int64_t token = row.choice.token;
-  result.tokens.push_back(token);
-  if (request.log_probs) result.log_probs.push_back(row.choice.log_prob);
-  row.note(token);
-  row.token = token;
-  ++row.position;
-  const std::size_t done = result.tokens.size();
-  if (done > request.forced.size() && std::find(request.eos.begin(), request.eos.end(), token) != request.eos.end()) {
-    result.finish = Finish::kEos;
-  } else if (static_cast<std::int64_t>(done) >= request.max_new_tokens) {
-    result.finish = Finish::kLength;
-  }
-  if (callbacks.token) callbacks.token(row.number, token);
-  return result.finish != Finish::kUnfinished;
+  rows_run_ += static_cast<std::int64_t>(step_rows_.size());
 }
 
 void Session::cancel_all() {
-  for (const auto& row : active_) results_[row->number].finish = Finish::kCancelled;
-  for (const auto& row : waiting_) results_[row->number].finish = Finish::kCancelled;
+  for (const auto& task : active_) task->cancel();
+  for (const auto& task : waiting_) task->cancel();
   active_.clear();
   waiting_.clear();
+  rows_taken_ = 0;
 }
 
-Result Session::take(std::int64_t request) {
-  if (request < 0 || request >= static_cast<std::int64_t>(results_.size())) {
-    throw std::out_of_range("take: no such request");
+Result Session::take(std::int64_t result) {
+  if (result < 0 || result >= static_cast<std::int64_t>(results_.size())) {
+    throw std::out_of_range("take: no such result");
   }
-  return std::move(results_[request]);
+  Result& found = results_[result];
+  // An unfinished one goes on from the tokens that it has.
+  if (found.finish == Finish::kUnfinished) return found;
+  return std::move(found);
 }
 
 }  // namespace dive::engine

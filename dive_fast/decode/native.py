@@ -1,34 +1,48 @@
 """Decoding by the compiled engine: transformers runs the prompt, the engine everything behind it.
 
-The prompt is run without its last token, whatever the scope of the adapters: that token is the first position whose
-next token belongs to the response, so it is the first step of the engine. B batch rows, P prompt columns.
+The prompt is run without its last token, which is the engine's first step (`prefill`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from dive_fast import native
 from dive_fast.decode.plan import Plan, Unsupported, build_plan, dive_model_of
+from dive_fast.decode.prefill import Prefill, Prefilled
+from dive_fast.decode.prefix_cache import PrefixCache
+from dive_fast.decode.stop import token_texts
 from dive_fast.errors import InputError
 from dive_fast.models.hidden import unwrapped
-from dive_fast.models.prefix import Prefix, run_prefix
 from dive_fast.steering import DiveModel
 
 MAX_ROWS = 64
 """Rows of one step; more wait for their turn."""
 
-# Inputs with one entry per prompt token.
-_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+# What a request is unless it says otherwise.
+_REQUEST = {
+    "streams": [0],
+    "beams": 1,
+    "length_penalty": 1.0,
+    "early_stopping": "no",
+    "stop": None,
+    "forced": [],
+    "forced_logits": 0,
+}
 # What would change the prompt's positions or embeddings behind the engine's back.
 _UNKNOWN = ("inputs_embeds", "position_ids", "past_key_values", "cache_position", "decoder_input_ids")
 
 
+# Tokenizer -> its `token_texts` and the engine's copy of them.
+_texts: WeakKeyDictionary = WeakKeyDictionary()
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; the fields are those of csrc/engine/sampler.h. Row i draws from stream i of the seed."""
+    """How tokens are chosen; the fields are those of csrc/engine/sampler.h."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -39,8 +53,23 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Beam search; one beam is none."""
+
+    beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+
+    @property
+    def early(self) -> str:
+        """The extension's name for it."""
+        return {False: "no", True: "yes"}.get(self.early_stopping, "never")
+
+
+@dataclass(frozen=True)
 class Row:
-    """One row's outcome: its new tokens, their log-probabilities (empty if not asked for), "eos" or "length"."""
+    """One result: its new tokens, their log-probabilities (empty if not asked for), "eos", "length", "stop" or
+    "cancelled"."""
 
     tokens: list[int]
     log_probs: list[float]
@@ -73,13 +102,14 @@ class NativeDecoder:
             self.extension = native.load()
         except InputError as error:
             raise Unsupported(str(error)) from error
-        self.compiled = self.extension.engine.Plan(self.plan.values)
+        self.compiled = self.extension.engine.Plan(self.plan.values, self.plan.kept)
         text = unwrapped(model).config
         self.image_tokens = {
             value
             for name in ("image_token_id", "image_token_index", "video_token_id")
             if isinstance(value := getattr(text, name, None), int)
         }
+        self.prefill = Prefill(model, self.dive, self.scopes, self.image_tokens)
 
     def check(self, batch: dict) -> None:
         """Unsupported where the engine cannot run this batch."""
@@ -108,19 +138,29 @@ class NativeDecoder:
         min_new_tokens: int,
         max_new_tokens: int,
         log_probs: bool = False,
+        samples: int = 1,
+        search: Search = Search(),
+        stop=None,
         on_token: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        prefixes: PrefixCache | None = None,
         threads: int | None = None,
         isa: str | None = None,
     ) -> dict[int, Row]:
-        """Row number -> its outcome.
+        """Row number * samples + sample -> its outcome. `stats` then says how many steps it took.
 
         Args:
             batches: (a processor's output for left-padded prompts, the rows' numbers, their adapter names) each; taken
                 one by one, whenever a row has become free.
-            on_token: called with (row number, token) after every token.
+            samples: results of each row; sample j of row i draws from stream i * samples + j of the seed.
+            stop: what `stop_strings` returned.
+            on_token: called with (the result's number, token) after every token, but not in a search.
+            cancelled: asked now and then; once it is true the run ends, and rows not yet begun have no outcome.
+            prefixes: where prompts that begin alike are looked up and stored.
             threads: the most to use; None takes as many as torch does.
         """
-        session = self.session(max_rows, threads, isa)
+        self.prefill.reused = 0
+        session = self.session(max(max_rows, search.beams), threads, isa)
         numbers: list[int] = []
         request = {
             "temperature": sampling.temperature,
@@ -133,14 +173,48 @@ class NativeDecoder:
             "min_new_tokens": min_new_tokens,
             "max_new_tokens": max_new_tokens,
             "log_probs": log_probs,
+            "beams": search.beams,
+            "length_penalty": search.length_penalty,
+            "early_stopping": search.early,
+            "stop": stop,
         }
-        report = None if on_token is None else lambda index, token: on_token(numbers[index], token)
+        calls = {
+            "on_token": None if on_token is None else lambda index, token: on_token(numbers[index], token),
+            "cancelled": cancelled,
+        }
         for batch, rows, names in batches:
-            numbers += rows
-            self.submit(session, batch, names, [request | {"stream": row} for row in rows])
-            session.run(on_token=report, until_free=1)
-        session.run(on_token=report, until_free=0)
+            if cancelled is not None and cancelled():
+                break
+            results = [range(row * samples, (row + 1) * samples) for row in rows]
+            numbers += [number for own in results for number in own]
+            self.submit(session, batch, names, [request | {"streams": list(own)} for own in results], prefixes)
+            if cancelled is not None and cancelled():
+                session.cancel()
+            session.run(**calls, until_free=search.beams)
+        session.run(**calls, until_free=0)
+        self.stats = {"steps": session.steps, "rows_per_step": session.rows_run / max(session.steps, 1)}
+        if prefixes is not None:
+            self.stats["prompt_tokens_reused"] = self.prefill.reused
         return {number: Row(*session.take(index)) for index, number in enumerate(numbers)}
+
+    def stop_strings(self, tokenizer, stop: Sequence[str]):
+        """For `run`: what ends a row whose text contains one of the strings.
+
+        Raises:
+            Unsupported: of this tokenizer's tokens it is not known what bytes they stand for.
+        """
+        if not stop:
+            return None
+        texts = token_texts(tokenizer)
+        if tokenizer not in _texts or _texts[tokenizer][0] is not texts:
+            _texts[tokenizer] = texts, self.extension.engine.TokenTexts(texts)
+        return self.extension.engine.StopStrings(_texts[tokenizer][1], list(stop))
+
+    def check_search(self, beams: int, eos: Iterable[int]) -> None:
+        """Unsupported where the vocabulary has too few tokens for so many beams to go on in different ways."""
+        ends, vocabulary = len(set(eos)), self.plan.values["vocabulary"]
+        if beams > 1 and max(2, 1 + ends) * beams + ends > vocabulary:
+            raise Unsupported(f"num_beams: a vocabulary of {vocabulary} tokens is too small for {beams} beams")
 
     def session(self, max_rows: int, threads: int | None = None, isa: str | None = None):
         """An empty session of the engine."""
@@ -152,27 +226,30 @@ class NativeDecoder:
         )
 
     @torch.no_grad()
-    def submit(self, session, batch: dict, names: Sequence[str] | None, requests: Sequence[dict]) -> None:
-        """Run the batch's prompts and hand one request per row to the session."""
+    def submit(
+        self, session, batch: dict, names: Sequence[str] | None, requests: Sequence[dict], prefixes=None
+    ) -> None:
+        """Run the batch's prompts, with a `PrefixCache` if given, and hand one request per row to the session."""
         self.check(batch)
         ids = batch["input_ids"]
         mask = batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        prefix = self._prefill({**batch, "attention_mask": mask}, names)
+        prefilled = self.prefill.run({**batch, "attention_mask": mask}, names, prefixes)
         vocabulary = self.plan.values["vocabulary"]
-        for row, request in enumerate(requests):
-            first = ids.shape[1] - int(mask[row].sum())
-            prompt = ids[row, first:].tolist()
+        for row, (request, before) in enumerate(zip(requests, prefilled, strict=True)):
+            prompt = ids[row, ids.shape[1] - int(mask[row].sum()) :].tolist()
             # Placeholder ids beyond the head's rows stand for images; no logit belongs to them.
             seen = [token for token in prompt[:-1] if token < vocabulary] + prompt[-1:]
-            offset = 0 if prefix is None or prefix.rope_deltas is None else int(prefix.rope_deltas[row])
+            layers = [] if before is None else self._layers(before)
             session.submit(
                 prompt=seen,
                 prefilled=len(prompt) - 1,
-                rope_offset=offset,
+                rope_offset=0 if before is None else before.rope_delta,
                 adapters=self._adapters_of(None if names is None else names[row]),
-                layers=_layers_of(prefix, row, first) if len(prompt) > 1 else [],
-                **{"forced": [], "forced_logits": 0} | request,
+                layers=[
+                    (k.data_ptr(), v.data_ptr(), k.stride(0), k.stride(1), v.stride(0), v.stride(1)) for k, v in layers
+                ],
+                **_REQUEST | request,
             )
 
     def _adapters_of(self, name: str | None) -> list[int]:
@@ -180,35 +257,10 @@ class NativeDecoder:
         index = self.plan.adapter_index
         return list(index.values()) if name is None else [index[name]] if name in index else []
 
-    def _prefill(self, batch: dict, names) -> Prefix | None:
-        """Keys and values of all but the last column; None where there is no other."""
-        length = batch["input_ids"].shape[1]
-        if length == 1:
-            return None
-        head = {k: v[:, :-1] if k in _PER_TOKEN else v for k, v in batch.items()}
-        if self.dive is None:
-            prefix = run_prefix(self.model, head)
-        elif set(self.scopes.values()) <= {"response"}:
-            with self.dive.unsteered():
-                prefix = run_prefix(self.model, head)
-        else:
-            with self.dive.rows_steered_by(names), self.dive.generating(length, batch["attention_mask"]):
-                prefix = run_prefix(self.model, head)
-        return Prefix(
-            tuple((self._ready(keys), self._ready(values)) for keys, values in prefix.layers),
-            prefix.mask,
-            prefix.rope_deltas,
-        )
+    def _layers(self, prompt: Prefilled) -> list[tuple]:
+        """(keys, values) of a prompt as the engine takes them: the cache's dtype, each head's columns side by side."""
+        return [tuple(self._ready(states) for states in pair) for pair in prompt.layers]
 
     def _ready(self, states: torch.Tensor) -> torch.Tensor:
         states = states.to(self.plan.cache_dtype)
         return states if states.stride(-1) == 1 else states.contiguous()
-
-
-def _layers_of(prefix: Prefix, row: int, first: int) -> list[tuple]:
-    """(address of keys, of values, strides over heads and positions of both) per layer, from a row's first token on."""
-    found = []
-    for keys, values in prefix.layers:
-        address = [x.data_ptr() + (row * x.stride(0) + first * x.stride(2)) * x.element_size() for x in (keys, values)]
-        found.append((*address, keys.stride(1), keys.stride(2), values.stride(1), values.stride(2)))
-    return found

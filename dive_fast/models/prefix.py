@@ -86,6 +86,37 @@ def run_prefix(model: nn.Module, inputs: Mapping) -> Prefix:
     return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), mask, deltas)
 
 
+@torch.no_grad()
+def extend_prefix(
+    model: nn.Module, prefix: Prefix | None, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> Prefix:
+    """Prompts with text behind them (right-padded, unlike the prefix [B, R]), as if both had been run together.
+
+    Args:
+        prefix: of prompts without padding; None: there is nothing yet.
+    """
+    if prefix is None:
+        layers, before, deltas = [], input_ids.new_zeros(len(input_ids), 0), None
+    else:
+        layers, before, deltas = prefix.layers, prefix.mask, prefix.rope_deltas
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(layers):
+        cache.update(keys, values, index)
+    positions = (before.shape[1] + torch.arange(input_ids.shape[1], device=input_ids.device)).expand_as(input_ids)
+    if _rope_owner(model) is not None:
+        positions = (positions if deltas is None else positions + deltas).expand(3, -1, -1)
+    mask = torch.cat([before, attention_mask], dim=1)
+    unwrapped(model)(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=no_positions({"input_ids": input_ids}),
+    )
+    return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), mask, deltas)
+
+
 def continue_prefix(
     model: nn.Module, prefix: Prefix, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, layers=False, **options
 ) -> HiddenStates:
