@@ -6,17 +6,21 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.dive-fast-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Only for `make sanitize`.
+CMAKE ?= cmake
+CORES ?= $(shell nproc 2>/dev/null || echo 2)
+
 # Extra options for every pip install, for pytest, and for the demo.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 ARGS ?= --output demo-output
 
-BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt Makefile $(shell find csrc -type f)
+BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt Makefile $(shell find csrc -type f -not -path 'csrc/tests/*')
 PYTHON_IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 VENV_IS_WHOLE := import importlib.metadata as m; m.version("pip")
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo lint clean distclean
+.PHONY: help install test sanitize demo lint clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +29,21 @@ install: $(STAMP) ## make .venv with the pinned packages, the package itself (ed
 
 test: $(STAMP) ## run the tests (PYTEST_ARGS="-k steer" for some of them)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What memory checkers find ends the program with a report, leaks at its end. One build cannot hold both kinds.
+sanitize: ## run the engine's C++ tests under the address, leak, undefined-behaviour and thread sanitizers
+	@command -v $(CMAKE) >/dev/null \
+	|| { echo "make sanitize needs CMake 3.25 or newer: put it on PATH, or make sanitize CMAKE=/path/to/cmake" >&2; exit 1; }
+	@mkdir -p build
+	@set -e; for kind in address,undefined thread; do \
+	  echo "sanitize: $$kind"; \
+	  $(CMAKE) -S . -B build/sanitize/$$kind -D DIVE_TESTS=ON -D DIVE_SANITIZE=$$kind >build/sanitize-$$kind.log \
+	  || { cat build/sanitize-$$kind.log; exit 1; }; \
+	  $(CMAKE) --build build/sanitize/$$kind --parallel $(CORES) >build/sanitize-$$kind.log \
+	  || { cat build/sanitize-$$kind.log; exit 1; }; \
+	  ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  TSAN_OPTIONS=halt_on_error=1 build/sanitize/$$kind/engine_test; \
+	done
 
 demo: $(STAMP) ## train and compare on the bundled model and reports (ARGS="--output DIR ...")
 	$(BIN)/dive-fast demo $(ARGS)

@@ -101,6 +101,8 @@ class BeamSearch final : public Task {
   }
 
   void cancel() override {
+    // Before its first step a search has fewer beams than results.
+    for (Result* result : results_) result->finish = Finish::kCancelled;
     // What is finished first, then the best of what is not.
     std::erase_if(finished_, [](const Hypothesis& h) { return h.finish == Finish::kUnfinished; });
     for (const Beam& beam : beams_) finished_.push_back(beam.text);

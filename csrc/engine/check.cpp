@@ -20,7 +20,8 @@ constexpr std::int64_t kMostPositions = std::int64_t{1} << 31;
 }
 
 std::string shape(std::int64_t rows, std::int64_t columns) {
-  return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
+  std::string text = "[";
+  return text.append(std::to_string(rows)).append(", ").append(std::to_string(columns)).append("]");
 }
 
 void in_range(const std::string& part, std::int64_t value, std::int64_t least, std::int64_t most) {
@@ -200,6 +201,13 @@ void check(const Plan& plan, const Request& request, const std::vector<Prefilled
     in_range("an adapter", adapter, 0, static_cast<std::int64_t>(plan.adapters.size()) - 1);
   }
   check(request.sampling);
+  if (request.stop) {
+    const auto& strings = request.stop->strings;
+    if (!request.stop->texts) refuse("stop", "has no texts of tokens");
+    if (std::any_of(strings.begin(), strings.end(), [](const std::string& s) { return s.empty(); })) {
+      refuse("stop", "holds an empty string");
+    }
+  }
   in_range("max_new_tokens", request.max_new_tokens, 1, kMostPositions);
   in_range("min_new_tokens", request.min_new_tokens, 0, request.max_new_tokens);
   in_range("prefilled", request.prefilled, 0, kMostPositions);
