@@ -5,7 +5,6 @@ tokens of every row, greedily. `first_token()` is a user's whole call for one ne
 """
 
 import importlib.util
-import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -219,13 +218,7 @@ def _llama_cpp_missing(problem: Problem, steering: Steering) -> str | None:
     return None
 
 
-def _int8_missing(problem: Problem, steering: Steering) -> str | None:
-    if "weights" not in inspect.signature(NativeDecoder).parameters:
-        return "the engine has no int8 weights"
-    return None
-
-
 OURS = Implementation("dive_fast", Native)
-OURS_INT8 = Implementation("dive_fast int8", partial(Native, weights="int8"), _int8_missing, approximate=True)
+OURS_INT8 = Implementation("dive_fast int8", partial(Native, weights="int8"), approximate=True)
 TRANSFORMERS = Implementation("transformers", Transformers)
 LLAMA_CPP = Implementation("llama.cpp Q4_1", LlamaCpp, _llama_cpp_missing, approximate=True)

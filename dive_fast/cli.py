@@ -181,6 +181,7 @@ def _generate(commands) -> None:
     sampling.add_argument(
         "--stop", nargs="+", default=[], metavar="TEXT", help="a report ends in front of any of these"
     )
+    sampling.add_argument("--weights", choices=("int8",), help="8-bit weights: faster, a little less precise")
     sampling.add_argument("--engine", choices=("native", "transformers"), help="default: native where it applies")
 
 

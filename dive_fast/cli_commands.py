@@ -200,7 +200,8 @@ def _trained_on(adapter: str | None) -> str:
 def _generation_options(args: Namespace) -> dict:
     choice = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     search = ("num_beams", "length_penalty", "num_return_sequences", "stop")
-    return {name: getattr(args, name) for name in ("max_new_tokens", "min_new_tokens", *choice, *search, "engine")}
+    names = ("max_new_tokens", "min_new_tokens", *choice, *search, "engine", "weights")
+    return {name: getattr(args, name) for name in names}
 
 
 def _predictions(args: Namespace, model, processor, records: Sequence) -> Iterator[dict]:

@@ -1,5 +1,6 @@
 """The compiled decoding engine against transformers, step by step and token by token."""
 
+import copy
 import functools
 import itertools
 
@@ -51,9 +52,9 @@ def decode(model, batch, steps, *, eos=(), names=None, sampling=None, max_rows=8
     return [found[row].tokens for row in rows]
 
 
-def step_logits(model, batch, forced, names=None, **options):
+def step_logits(model, batch, forced, names=None, weights=None, **options):
     """The engine's logits [B, N, V] when it is made to take the tokens of `forced` [B, N]."""
-    decoder = NativeDecoder(model, names)
+    decoder = NativeDecoder(model, names, weights)
     rows, steps = forced.shape
     session = decoder.session(rows, **options)
     logits = torch.zeros(rows, steps, decoder.plan.values["vocabulary"])
@@ -562,3 +563,89 @@ def test_options_on_smollm2_are_those_of_transformers(smollm2):
     cache = dive_fast.PrefixCache(2**28)
     for _ in range(2):
         assert dive_fast.generate(model, prompts, prefix_cache=cache, **options).texts == plain.texts
+
+
+def rounded_to_int8(model):
+    """The model with every matrix of its decoder and the head as int8 with a scale per row stands for it."""
+    model = copy.deepcopy(model)
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            rows = module.weight.detach().double()
+            scales = rows.abs().amax(dim=1, keepdim=True) / 127
+            module.weight.data = ((rows / scales).round() * scales).to(module.weight.dtype)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_int8_weights_are_the_rounded_matrices(family):
+    model, batch = tiny_model(family), text_batch()
+    batch = {k: v[:, -1:] for k, v in batch.items()}  # no prefill, which keeps the model's own matrices
+    forced = torch.randint(3, 60, (3, 20), generator=torch.Generator().manual_seed(16))
+    ours = step_logits(model, batch, forced, weights="int8")
+    close(ours, whole_logits(rounded_to_int8(model), batch, forced))
+    assert (ours - step_logits(model, batch, forced)).abs().max() > 1e-4
+
+
+def test_int8_matrices_are_made_once_and_again_when_the_weights_change():
+    model, batch = tiny_model("llama"), text_batch()
+    plans = [NativeDecoder(model, weights="int8").plan.values for _ in range(2)]
+    addresses = [[layer["down"][0] for layer in plan["layers"]] for plan in plans]
+    assert addresses[0] == addresses[1]
+    before = dive_fast.generate(model, batch, max_new_tokens=20, weights="int8")
+    assert before.stats["engine"] == "native" and before.stats["weights"] == "int8"
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for one, other in zip(model.parameters(), tiny_model("llama", seed=99).parameters(), strict=True):
+            one.copy_(other)
+    after = dive_fast.generate(model, batch, max_new_tokens=20, weights="int8")
+    assert [s.tolist() for s in after.sequences] != [s.tolist() for s in before.sequences]
+    again = dive_fast.generate(changed, batch, max_new_tokens=20, weights="int8")
+    assert [s.tolist() for s in again.sequences] == [s.tolist() for s in before.sequences]
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"weights": "int4"}, "weights: expected None or 'int8', got 'int4'"),
+        ({"weights": "int8", "engine": "transformers"}, "weights: 'int8' needs the native engine"),
+    ],
+)
+def test_weights_that_do_not_exist_are_refused(options, reason):
+    with pytest.raises(InputError, match=reason):
+        dive_fast.generate(tiny_model("llama"), text_batch(1), max_new_tokens=2, **options)
+    with pytest.raises(InputError, match="weights: 'int8' needs the native engine, which cannot run this: .*float64"):
+        dive_fast.generate(tiny_model("llama").double(), text_batch(1), max_new_tokens=2, weights="int8")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["lowrank", "reft"])
+def test_steering_of_half_precision_models_stays_nearer_to_float64_than_transformers(kind, dtype):
+    def model_of(dtype):
+        model = peft.get_peft_model(tiny_model("llama", dtype), dive_fast.DiveConfig(kind=kind, r=4)).eval()
+        return randomize_adapters(model)
+
+    model, batch = model_of(dtype), text_batch()
+    forced = torch.randint(3, 60, (3, 24), generator=torch.Generator().manual_seed(17))
+    ours, theirs = step_logits(model, batch, forced), whole_logits(model, batch, forced).double()
+    exact = whole_logits(copy.deepcopy(model).double(), batch, forced)
+    assert (ours - exact).abs().mean() <= (theirs - exact).abs().mean()
+
+
+def test_adapter_numbers_that_float16_cannot_hold_stay_float32():
+    for factor in (1e-7, 1e6):
+        model = steered(normalize_input=False)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "dive_down" in name:
+                    parameter.mul_(factor)
+                elif "dive_up" in name:
+                    parameter.div_(factor)
+        model = model.to(torch.bfloat16)
+        for name, parameter in model.named_parameters():
+            if "dive_" in name:
+                parameter.data = parameter.data.float()
+        values = NativeDecoder(model).plan.values["adapters"][0]["block"][0]
+        assert (values["down"][1], values["up"][1]) == (0, 0)

@@ -1,4 +1,4 @@
-// What rows of the steering kernels are made of. For steer_kernel.cpp alone. D hidden size, R adapter rank.
+// What rows of the steering kernels are made of. For steer_kernel.cpp and step_steer_kernel.cpp. D hidden size, R adapter rank.
 #pragma once
 
 #include <math.h>

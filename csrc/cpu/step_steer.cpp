@@ -1,132 +1,131 @@
 #include "cpu/step_steer.h"
 
 #include <algorithm>
-#include <cmath>
+
+#include "cpu/step_steer_kernel.h"
 
 namespace dive::cpu {
 namespace {
 
-// Keeps the root mean square of a zero row from dividing by zero, as in the steering op.
-constexpr float kInputRmsEps = 1e-12f;
+// Multiplications up to which every worker computes a product for itself: some hundred nanoseconds, as much as waiting
+// for another one's half takes.
+constexpr std::int64_t kLittle = 16384;
 
-float activated(Activation activation, float x) {
-  switch (activation) {
-    case Activation::kSilu:
-      return x / (1.0f + std::exp(-x));
-    case Activation::kIdentity:
-      return x;
-    case Activation::kRelu:
-      return x < 0.0f ? 0.0f : x;
-    case Activation::kGelu:
-      return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
-    case Activation::kTanh:
-      return std::tanh(x);
-  }
-  return x;
-}
-
-// Four sums side by side: one would wait for every addition.
-float dot(const float* a, const float* b, std::int64_t n) {
-  float total[4] = {};
-  std::int64_t i = 0;
-  for (; i + 4 <= n; i += 4) {
-    for (int j = 0; j < 4; ++j) total[j] += a[i + j] * b[i + j];
-  }
-  for (; i < n; ++i) total[0] += a[i] * b[i];
-  return (total[0] + total[1]) + (total[2] + total[3]);
-}
-
-// |h| / |h + d|; equal sums give exactly 1.
-float kept_length(float before, float after) {
-  if (before == after) return 1.0f;
-  return std::sqrt(before) / (after > 0.0f ? std::sqrt(after) : 1.0f);
-}
+// Room for whole vectors of every level.
+std::int64_t padded(std::int64_t size) { return (size + 15) / 16 * 16; }
 
 }  // namespace
 
 StepSteering::StepSteering(const engine::Plan& plan, int max_rows, int threads)
-    : plan_(plan), ones_(plan.hidden_size, 1.0f) {
+    : plan_(plan) {
   if (plan.adapters.empty()) return;
-  std::int64_t rank = 0;
   for (const engine::Adapter& adapter : plan.adapters) {
     for (const auto* places : {&adapter.attention, &adapter.block}) {
-      for (const auto& steering : *places) rank = std::max(rank, steering ? steering->rank : 0);
+      for (const auto& steering : *places) rank_ = std::max(rank_, steering ? steering->rank : 0);
     }
   }
   private_.resize(threads);
+  parts_.resize(threads);
   for (Private& own : private_) {
-    own.states.resize(max_rows * plan.hidden_size);
     own.inputs.resize(max_rows * plan.hidden_size);
-    own.inner.resize(max_rows * rank);
+    own.inner.resize(max_rows * rank_);
+    own.activated.resize(max_rows * rank_);
+    own.activated_row.resize(padded(rank_));
+    own.products.resize(max_rows * plan.hidden_size);
   }
-  inner_.resize(max_rows * rank);
-  push_.resize(max_rows * plan.hidden_size);
+  inner_.resize(max_rows * rank_);
+  products_.resize(max_rows * plan.hidden_size);
 }
 
 void StepSteering::group(const std::vector<engine::StepRow>& rows) {
-  groups_.clear();
-  // Adapters of one row act in its order, so the n-th ones of all rows come before the next.
+  turns_.clear();
   for (std::size_t turn = 0;; ++turn) {
-    const std::size_t first = groups_.size();
-    bool any = false;
+    std::vector<Group> groups;
     for (std::size_t b = 0; b < rows.size(); ++b) {
       const std::vector<int>& adapters = *rows[b].adapters;
       if (turn >= adapters.size()) continue;
-      any = true;
-      auto found = std::find_if(groups_.begin() + first, groups_.end(),
+      auto found = std::find_if(groups.begin(), groups.end(),
                                 [&](const Group& group) { return group.adapter == adapters[turn]; });
-      if (found == groups_.end()) found = groups_.insert(found, {adapters[turn], {}});
+      if (found == groups.end()) found = groups.insert(found, {adapters[turn], {}});
       found->rows.push_back(static_cast<int>(b));
     }
-    if (!any) return;
+    if (groups.empty()) return;
+    turns_.push_back(std::move(groups));
   }
 }
 
 void StepSteering::apply(const Worker& worker, std::size_t layer, SteerPlace place, float* stream) {
-  for (const Group& group : groups_) {
-    const engine::Adapter& adapter = plan_.adapters[group.adapter];
-    const auto& steering = (place == SteerPlace::kBlock ? adapter.block : adapter.attention)[layer];
-    if (steering) steer(worker, *steering, group.rows, stream);
+  std::vector<Part>& parts = parts_[worker.index];
+  for (const std::vector<Group>& groups : turns_) {
+    parts.clear();
+    for (const Group& group : groups) {
+      const engine::Adapter& adapter = plan_.adapters[group.adapter];
+      const auto& steering = (place == SteerPlace::kBlock ? adapter.block : adapter.attention)[layer];
+      if (steering) parts.push_back({&*steering, &group.rows});
+    }
+    if (!parts.empty()) steer(worker, parts, stream);
   }
 }
 
-void StepSteering::steer(const Worker& worker, const engine::Steering& steering, const std::vector<int>& rows,
-                         float* stream) {
-  const std::int64_t D = plan_.hidden_size, R = steering.rank;
-  const int M = static_cast<int>(rows.size());
-  const Worker alone{0, 1, worker.isa, nullptr};
+// All parts' first products, then all their second ones: workers meet twice however many adapters there are.
+void StepSteering::steer(const Worker& worker, const std::vector<Part>& parts, float* stream) {
+  const std::int64_t D = plan_.hidden_size;
   Private& own = private_[worker.index];
-  if (R) {
-    for (int i = 0; i < M; ++i) std::copy_n(stream + rows[i] * D, D, own.states.data() + i * D);
-    const float* inputs = own.states.data();
-    if (steering.normalize_input) {
-      rms_norm(alone, inputs, ones_.data(), kInputRmsEps, M, D, own.inputs.data());
-      inputs = own.inputs.data();
+  std::int64_t multiplications = 0;
+  for (const Part& part : parts) multiplications += part.steering->rank * D * static_cast<std::int64_t>(part.rows->size());
+  const bool shared = worker.count > 1 && multiplications > kLittle;
+  const Worker those = shared ? worker : Worker{0, 1, worker.isa, nullptr};
+  float* const inner = shared ? inner_.data() : own.inner.data();
+  float* const products = shared ? products_.data() : own.products.data();
+
+  std::int64_t row = 0;  // of all parts' rows, one after the other
+  for (const Part& part : parts) {
+    const int count = static_cast<int>(part.rows->size());
+    if (part.steering->rank) {
+      float* const inputs = own.inputs.data() + row * D;
+      for (int i = 0; i < count; ++i) {
+        const float* h = stream + (*part.rows)[i] * D;
+        if (part.steering->normalize_input) {
+          DIVE_DISPATCH(worker.isa, normalize_input_row, h, D, inputs + i * D);
+        } else {
+          std::copy_n(h, D, inputs + i * D);
+        }
+      }
+      const Weight* down = &part.steering->down;
+      float* out = inner + row * rank_;
+      project(those, &down, 1, inputs, count, &out);
     }
-    const Weight *down = &steering.down, *up = &steering.up;
-    float *inner = inner_.data(), *push = push_.data();
-    project(worker, &down, 1, inputs, M, &inner);
-    worker.sync();
-    std::transform(inner, inner + M * R, own.inner.data(), [&](float x) { return activated(steering.activation, x); });
-    project(worker, &up, 1, own.inner.data(), M, &push);
-    // The next group's push is written behind a barrier of its own, so this is the last one here.
-    worker.sync();
+    row += count;
   }
-  for (int i = 0; i < M; ++i) {
-    float* h = stream + rows[i] * D;
-    float scale = steering.alpha;
-    if (steering.gate_direction) {
-      scale *= 1.0f / (1.0f + std::exp(-(dot(h, steering.gate_direction, D) + steering.gate_offset)));
+  those.sync();
+
+  row = 0;
+  for (const Part& part : parts) {
+    const std::int64_t R = part.steering->rank;
+    const int count = static_cast<int>(part.rows->size());
+    if (R) {
+      // Row by row, because rows of R numbers need not be whole vectors.
+      for (int i = 0; i < count; ++i) {
+        DIVE_DISPATCH(worker.isa, activate_row, part.steering->activation, inner + row * rank_ + i * R, R,
+                      own.activated_row.data());
+        std::copy_n(own.activated_row.data(), R, own.activated.data() + i * R);
+      }
+      const Weight* up = &part.steering->up;
+      float* out = products + row * D;
+      project(those, &up, 1, own.activated.data(), count, &out);
     }
-    const float before = steering.preserve_norm ? dot(h, h, D) : 0.0f;
-    for (std::int64_t d = 0; d < D; ++d) {
-      const float push = (R ? push_[i * D + d] : 0.0f) + (steering.static_push ? steering.static_push[d] : 0.0f);
-      // A push of zero leaves every bit, that of -0 too.
-      if (push != 0.0f) h[d] += scale * push;
-    }
-    if (steering.preserve_norm) {
-      const float factor = kept_length(before, dot(h, h, D));
-      for (std::int64_t d = 0; d < D; ++d) h[d] *= factor;
+    row += count;
+  }
+  // Those who write to `products` next have met once more before, so that nothing need stand behind this.
+  those.sync();
+
+  row = 0;
+  for (const Part& part : parts) {
+    const engine::Steering& s = *part.steering;
+    const RowPush push{s.static_push, s.alpha, s.gate_direction, s.gate_offset, s.preserve_norm};
+    for (const int b : *part.rows) {
+      DIVE_DISPATCH(worker.isa, push_row, push, s.rank ? products + row * D : nullptr, D, stream + b * D);
+      ++row;
     }
   }
 }

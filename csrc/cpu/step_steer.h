@@ -28,18 +28,25 @@ class StepSteering {
     std::vector<int> rows;
   };
 
-  // Every worker's own: the group's rows, their inputs, factors and activations.
-  struct Private {
-    std::vector<float> states, inputs, inner;
+  // A group at one place of one layer.
+  struct Part {
+    const engine::Steering* steering;
+    const std::vector<int>* rows;
   };
 
-  void steer(const Worker& worker, const engine::Steering& steering, const std::vector<int>& rows, float* stream);
+  // Every worker's own. Products are there too, for parts so small that each worker computes them whole.
+  struct Private {
+    std::vector<float> inputs, inner, activated, activated_row, products;
+  };
+
+  void steer(const Worker& worker, const std::vector<Part>& parts, float* stream);
 
   const engine::Plan& plan_;
-  std::vector<float> ones_;
-  std::vector<Group> groups_;
+  std::int64_t rank_ = 0;                  // the largest
+  std::vector<std::vector<Group>> turns_;  // the n-th adapters of all rows, which act before the next
+  std::vector<std::vector<Part>> parts_;   // every worker's own
   std::vector<Private> private_;
-  std::vector<float> inner_, push_;  // shared: [B][R], [B][D]
+  std::vector<float> inner_, products_;    // shared: [B][R], [B][D]
 };
 
 }  // namespace dive::cpu

@@ -81,6 +81,7 @@ class NativeDecoder:
 
     Args:
         adapter_names: every row's adapter, "__base__" for none; None: the active ones on every row.
+        weights: None multiplies with the model's matrices as they are, "int8" with 8-bit copies of them.
 
     Raises:
         Unsupported: the engine cannot run it; says why.
@@ -88,7 +89,7 @@ class NativeDecoder:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, adapter_names: Sequence[str] | None = None):
+    def __init__(self, model: nn.Module, adapter_names: Sequence[str] | None = None, weights: str | None = None):
         self.model = model
         self.dive: DiveModel | None = dive_model_of(model)
         self.acting: list[str] = []
@@ -97,11 +98,11 @@ class NativeDecoder:
                 self.acting = self.dive.acting_adapters()
         self.scopes = {name: self.dive.peft_config[name].scope for name in self.acting}
         steps = tuple(name for name in self.acting if self.scopes[name] != "prompt")
-        self.plan: Plan = build_plan(model, steps)
         try:
             self.extension = native.load()
         except InputError as error:
             raise Unsupported(str(error)) from error
+        self.plan: Plan = build_plan(model, steps, int8=weights == "int8")
         self.compiled = self.extension.engine.Plan(self.plan.values, self.plan.kept)
         text = unwrapped(model).config
         self.image_tokens = {

@@ -30,6 +30,7 @@ class Options:
     early_stopping: bool | str = False
     stop: Sequence[str] = ()
     log_probs: bool = False
+    weights: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "stop", _strings(self.stop))
@@ -56,6 +57,9 @@ class Options:
                 raise InputError(f"{name}: expected {expected}, got {value!r}")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise InputError(f"early_stopping: expected False, True or 'never', got {self.early_stopping!r}")
+
+        if self.weights not in (None, "int8"):
+            raise InputError(f"weights: expected None or 'int8', got {self.weights!r}")
 
     def _check_combinations(self) -> None:
         if self.min_new_tokens > self.max_new_tokens:

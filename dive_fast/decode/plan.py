@@ -1,7 +1,7 @@
 """From a transformers model, steered or not, to the plan of a decoder that the compiled engine runs.
 
-Weights go by pointer and are not copied; only vectors (norms, biases) that are not float32 are. What the engine cannot
-run exactly as transformers does is refused with a reason.
+Weights go by pointer and are not copied, unless int8 is asked for; vectors (norms, biases) that are not float32 and
+adapters of half-precision models are. What the engine cannot run exactly as transformers does is refused with a reason.
 
 D hidden size, V vocabulary, H heads, G key/value heads, E head size, R adapter rank.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from dive_fast.decode.int8 import int8_matrix
 from dive_fast.models.hidden import unwrapped
 from dive_fast.models.spec import decoder_of, spec_of, text_config_of
 from dive_fast.steering import DiveModel
@@ -78,8 +79,11 @@ class Plan:
     adapter_index: dict[str, int] = field(default_factory=dict)
 
 
-def build_plan(model: nn.Module, adapters: tuple[str, ...] = ()) -> Plan:
+def build_plan(model: nn.Module, adapters: tuple[str, ...] = (), int8: bool = False) -> Plan:
     """The plan of `model`'s decoder and the named steering adapters.
+
+    Args:
+        int8: multiply with the decoder's matrices and the head rounded to 8 bits; the embedding and adapters stay.
 
     Raises:
         Unsupported: the family is unknown, something was changed in the model that the engine would not see (hooks,
@@ -95,7 +99,7 @@ def build_plan(model: nn.Module, adapters: tuple[str, ...] = ()) -> Plan:
     device = next(decoder.parameters()).device
     if device.type != "cpu":
         raise Unsupported(f"the decoder lies on {device}; it runs on the CPU")
-    builder = _Builder(base, decoder, text, family)
+    builder = _Builder(base, decoder, text, family, int8)
     values = builder.model()
     dive = dive_model_of(model)
     _refuse_hooks(base, dive)
@@ -118,8 +122,8 @@ def dive_model_of(model: nn.Module) -> DiveModel | None:
 
 
 class _Builder:
-    def __init__(self, base, decoder, text, family: Family):
-        self.base, self.decoder, self.text, self.family = base, decoder, text, family
+    def __init__(self, base, decoder, text, family: Family, int8: bool):
+        self.base, self.decoder, self.text, self.family, self.int8 = base, decoder, text, family, int8
         self.spec = spec_of(base)
         self.kept: list[torch.Tensor] = []
         self.ropes: list[tuple[list[float], float]] = []
@@ -228,7 +232,13 @@ class _Builder:
 
     def linear(self, linear: nn.Module, shape: tuple, where: str) -> tuple:
         _expect_class(linear, "Linear")
-        return self.weight(linear.weight, linear.bias, shape, where)
+        whole = self.weight(linear.weight, linear.bias, shape, where)
+        if not self.int8:
+            return whole
+        matrix = int8_matrix(linear.weight)
+        self.kept += matrix
+        _, dtype, rows, columns, _, bias, _ = whole
+        return matrix.values.data_ptr(), dtype, rows, columns, columns, bias, matrix.scales.data_ptr()
 
     def weight(self, weight: torch.Tensor, bias, shape: tuple, where: str) -> tuple:
         """(address, dtype, rows, columns, row stride, bias, scales) of a matrix, in place."""
@@ -271,7 +281,7 @@ class _Builder:
         rank, hidden = 0 if down is None else down.shape[0], self.hidden_size
         matrices = {"down": _NO_WEIGHT, "up": _NO_WEIGHT}
         if rank:
-            down, up = (x.detach().to("cpu", torch.float32).contiguous() for x in (down, up))
+            down, up = (self.adapter_matrix(x) for x in (down, up))
             matrices["down"] = self.weight(down, parts["bias"], (rank, hidden), "an adapter")
             matrices["up"] = self.weight(up, None, (hidden, rank), "an adapter")
         static = parts["static"]
@@ -285,6 +295,16 @@ class _Builder:
             "normalize_input": parts["normalize_input"],
             "preserve_norm": parts["preserve_norm"],
         }
+
+    def adapter_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        """float16 where the model's own matrices have half precision too (an adapter's bytes are its cost, and float16
+        has more digits than bfloat16), unless numbers are too large or too small for that; float32 else."""
+        matrix = matrix.detach().to("cpu", torch.float32).contiguous()
+        if self.cache_dtype == torch.float32:
+            return matrix
+        half = matrix.half()
+        error = (half.float() - matrix).abs().amax()
+        return half if error <= 2**-11 * matrix.abs().amax() else matrix
 
 
 def _expect_class(module: nn.Module, *names: str) -> None:
