@@ -41,8 +41,8 @@ sanitize: ## run the engine's C++ tests under the address, leak, undefined-behav
 	  || { cat build/sanitize-$$kind.log; exit 1; }; \
 	  $(CMAKE) --build build/sanitize/$$kind --parallel $(CORES) >build/sanitize-$$kind.log \
 	  || { cat build/sanitize-$$kind.log; exit 1; }; \
-	  ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	  TSAN_OPTIONS=halt_on_error=1 build/sanitize/$$kind/engine_test; \
+	  ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
+	  build/sanitize/$$kind/engine_test; \
 	done
 
 demo: $(STAMP) ## train and compare on the bundled model and reports (ARGS="--output DIR ...")

@@ -55,6 +55,7 @@ void StepSteering::group(const std::vector<engine::StepRow>& rows) {
 }
 
 void StepSteering::apply(const Worker& worker, std::size_t layer, SteerPlace place, float* stream) {
+  if (turns_.empty()) return;
   std::vector<Part>& parts = parts_[worker.index];
   for (const std::vector<Group>& groups : turns_) {
     parts.clear();

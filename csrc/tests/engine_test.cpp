@@ -102,7 +102,8 @@ struct Model {
     plan.kv_heads = 1 + random.below(3);
     plan.heads = plan.kv_heads * (1 + random.below(4));
     plan.head_size = 2 * (1 + random.below(20));
-    plan.hidden_size = 1 + random.below(70);
+    // Large enough, now and then, for workers to share an adapter's products.
+    plan.hidden_size = 1 + random.below(random.coin() ? 70 : 400);
     plan.intermediate_size = 1 + random.below(90);
     plan.vocabulary = 2 + random.below(400);
     plan.attention_scale = 1 / std::sqrt(static_cast<float>(plan.head_size));
