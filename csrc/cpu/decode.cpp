@@ -141,6 +141,12 @@ void project_gated(const Worker& worker, GatedActivation activation, const Weigh
   DIVE_DISPATCH(worker.isa, project_gated_rows, gate, up, mine.begin, mine.end, x, batch, activation, outputs);
 }
 
+void project_panels(const Worker& worker, const Weight& panels, std::int64_t N, std::int64_t R, const float* x,
+                    int batch, float* outputs) {
+  const Range mine = share(worker, N, kPanelColumns);
+  DIVE_DISPATCH(worker.isa, project_panel_rows, panels, mine.begin, mine.end, N, R, x, batch, outputs);
+}
+
 void quantize_int8(const Weight& weight, std::int8_t* out, float* scales, Isa isa, int threads) {
   parallel(threads, [&](int index) {
     const Range mine = share({index, threads, isa, nullptr}, weight.rows);

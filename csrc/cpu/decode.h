@@ -55,6 +55,12 @@ void run_team(int threads, Isa isa, const std::function<void(const Worker&)>& bo
 void project(const Worker& worker, const Weight* const* weights, int count, const float* x, int batch,
              float* const* outputs, bool accumulate = false);
 
+// outputs[b][n] = sum over r of x[b][r] * panels[n / 64][r][n % 64], n < N: a product with few columns, R, whose matrix is
+// stored in panels of 64 rows, transposed, so that no sum runs along a vector. panels is [ceil(N / 64) R, 64] without
+// gaps and is neither int8 nor does it have a bias; x is [B][R].
+void project_panels(const Worker& worker, const Weight& panels, std::int64_t N, std::int64_t R, const float* x,
+                    int batch, float* outputs);
+
 // outputs[b][n] = act(x[b] . gate[n] + gate.bias[n]) * (x[b] . up[n] + up.bias[n]), bit-equal to project() followed by
 // gated_activation(), without a sync between them.
 void project_gated(const Worker& worker, GatedActivation activation, const Weight& gate, const Weight& up,

@@ -36,7 +36,47 @@ inline void for_blocks(std::int64_t begin, std::int64_t end, int batch, Body bod
   }
 }
 
+// outputs[b][0 ... 4 vectors) of one panel for kB rows of x.
+template <int kB, class Element>
+[[gnu::always_inline]] inline void panel_tile(const Element* panel, std::int64_t R, const float* x, vf (*out)[4]) {
+  vf sums[kB][4];
+  unroll<kB>([&](auto b) { unroll<4>([&](auto v) { sums[b][v] = vf{}; }); });
+  for (std::int64_t r = 0; r < R; ++r) {
+    vf columns[4];
+    unroll<4>([&](auto v) { columns[v] = load(panel + r * kPanelColumns + v * kLanes); });
+    unroll<kB>([&](auto b) {
+      const vf number = splat(x[b * R + r]);
+      unroll<4>([&](auto v) { sums[b][v] += number * columns[v]; });
+    });
+  }
+  unroll<kB>([&](auto b) { unroll<4>([&](auto v) { out[b][v] = sums[b][v]; }); });
+}
+
 }  // namespace
+
+void project_panel_rows(const Weight& panels, std::int64_t begin, std::int64_t end, std::int64_t N, std::int64_t R,
+                        const float* x, int batch, float* outputs) {
+  with_elements(panels.dtype, false, [&](auto* type) {
+    using Element = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    for (std::int64_t n = begin; n < end; n += 4 * kLanes) {
+      const Element* panel =
+          static_cast<const Element*>(panels.data) + n / kPanelColumns * R * kPanelColumns + n % kPanelColumns;
+      for (int b = 0; b < batch; b += kBatchTile) {
+        const int rows = batch - b < kBatchTile ? batch - b : kBatchTile;
+        vf found[kBatchTile][4];
+        if (rows == 1) panel_tile<1>(panel, R, x + b * R, found);
+        if (rows == 2) panel_tile<2>(panel, R, x + b * R, found);
+        if (rows == 3) panel_tile<3>(panel, R, x + b * R, found);
+        if (rows == 4) panel_tile<4>(panel, R, x + b * R, found);
+        for (int i = 0; i < rows; ++i) {
+          for (int v = 0; v < 4 && n + v * kLanes < end; ++v) {
+            store_some(outputs + (b + i) * N + n + v * kLanes, found[i][v], end - n - v * kLanes);
+          }
+        }
+      }
+    }
+  });
+}
 
 void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, const float* x, int batch,
                   float* outputs, bool add) {

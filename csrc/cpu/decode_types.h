@@ -18,6 +18,9 @@ struct Weight {
   const float* bias;         // [N] or null
 };
 
+// Columns of a panel: two cache lines of half-precision numbers, and four of the widest vectors.
+inline constexpr int kPanelColumns = 64;
+
 // Positions in a block of a cache. What attention holds of one at a time, 64 keys and values of 128 floats, is 64 KiB.
 inline constexpr int kCacheBlock = 64;
 

@@ -111,9 +111,7 @@ void StepSteering::steer(const Worker& worker, const std::vector<Part>& parts, f
                       own.activated_row.data());
         std::copy_n(own.activated_row.data(), R, own.activated.data() + i * R);
       }
-      const Weight* up = &part.steering->up;
-      float* out = products + row * D;
-      project(those, &up, 1, own.activated.data(), count, &out);
+      project_panels(those, part.steering->up, D, R, own.activated.data(), count, products + row * D);
     }
     row += count;
   }

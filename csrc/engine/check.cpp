@@ -102,7 +102,7 @@ void steering(const std::string& name, const Plan& plan, const Steering& steerin
   in_range(name + "rank", R, 0, kMostSize);
   if (R > 0) {
     matrix(name + "down", steering.down, R, D);
-    matrix(name + "up", steering.up, D, R);
+    matrix(name + "up", steering.up, (D + cpu::kPanelColumns - 1) / cpu::kPanelColumns * R, cpu::kPanelColumns);
   }
   vector(name + "static", steering.static_push, D);
   vector(name + "gate_direction", steering.gate_direction, D);

@@ -20,6 +20,8 @@ from dive_fast.steering import DiveModel
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GATED_ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 ACTIVATIONS = ("silu", "identity", "relu", "gelu", "tanh")
+# csrc/cpu/decode_types.h
+PANEL_COLUMNS = 64
 # Their frequencies are the same for every sequence length.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -283,7 +285,8 @@ class _Builder:
         if rank:
             down, up = (self.adapter_matrix(x) for x in (down, up))
             matrices["down"] = self.weight(down, parts["bias"], (rank, hidden), "an adapter")
-            matrices["up"] = self.weight(up, None, (hidden, rank), "an adapter")
+            up = panels(up)
+            matrices["up"] = self.weight(up, None, tuple(up.shape), "an adapter")
         static = parts["static"]
         return matrices | {
             "rank": rank,
@@ -305,6 +308,13 @@ class _Builder:
         half = matrix.half()
         error = (half.float() - matrix).abs().amax()
         return half if error <= 2**-11 * matrix.abs().amax() else matrix
+
+
+def panels(up: torch.Tensor) -> torch.Tensor:
+    """[D, R] -> [ceil(D / 64) R, 64]: what multiplies the r-th number for 64 rows is one row; zeros behind the last."""
+    rows, rank = up.shape
+    padded = torch.nn.functional.pad(up, (0, 0, 0, -rows % PANEL_COLUMNS))
+    return padded.view(-1, PANEL_COLUMNS, rank).transpose(1, 2).contiguous().view(-1, PANEL_COLUMNS)
 
 
 def _expect_class(module: nn.Module, *names: str) -> None:
