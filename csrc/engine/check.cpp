@@ -103,6 +103,9 @@ void steering(const std::string& name, const Plan& plan, const Steering& steerin
   if (R > 0) {
     matrix(name + "down", steering.down, R, D);
     matrix(name + "up", steering.up, (D + cpu::kPanelColumns - 1) / cpu::kPanelColumns * R, cpu::kPanelColumns);
+    if (steering.up.scales != nullptr || steering.up.row_stride != cpu::kPanelColumns) {
+      refuse(name + "up", "is int8 or has gaps, expected panels one behind the other");
+    }
   }
   vector(name + "static", steering.static_push, D);
   vector(name + "gate_direction", steering.gate_direction, D);

@@ -89,6 +89,14 @@ class Memory {
     return weight;
   }
 
+  // An adapter's second matrix [D, R].
+  Weight panels(Random& random, std::int64_t D, std::int64_t R) {
+    constexpr std::int64_t kColumns = dive::cpu::kPanelColumns;
+    const std::int64_t rows = (D + kColumns - 1) / kColumns * R;
+    const DType dtype = static_cast<DType>(random.below(3));
+    return {elements(random, rows * kColumns, dtype, 0.3f), dtype, nullptr, rows, kColumns, kColumns, nullptr};
+  }
+
  private:
   std::vector<std::unique_ptr<std::byte[]>> blocks_;
 };
@@ -162,7 +170,7 @@ struct Model {
     steering.rank = random.below(3) == 0 ? 0 : 1 + random.below(20);
     if (steering.rank) {
       steering.down = memory.matrix(random, steering.rank, D, random.coin());
-      steering.up = memory.matrix(random, D, steering.rank, false);
+      steering.up = memory.panels(random, D, steering.rank);
     }
     if (random.coin()) steering.static_push = memory.vector(random, D, 0, 0.2f);
     if (random.coin()) steering.gate_direction = memory.vector(random, D, 0, 0.5f);
@@ -276,13 +284,14 @@ const std::vector<Isa>& levels() {
   return usable;
 }
 
-constexpr int kModels = 24;
+constexpr int kModels = 32;
 
 void tokens_do_not_depend_on_the_team_or_the_batch() {
   for (int seed = 0; seed < kModels; ++seed) {
     const Model model(seed);
     const std::vector<Request> requests = requests_for(model, 6);
-    const Isa isa = levels()[seed % levels().size()];
+    // The portable kernels hide nothing from a sanitizer, masked loads of the others do; so half of all models run there.
+    const Isa isa = levels()[seed % 2 ? seed / 2 % levels().size() : 0];
     const std::string where = "model " + std::to_string(seed) + ", " + dive::cpu::isa_name(isa);
     const std::vector<Result> found = decode(model, requests, {3, 1, isa});
     for (const Result& result : found) {
@@ -479,6 +488,12 @@ void bad_plans_are_refused() {
   bad_steering("number of layers", [](Plan& p, Steering&) { p.adapters[0].attention.pop_back(); });
   bad_steering("rank", [](Plan&, Steering& s) { s.rank = -1; });
   bad_steering("down is [0, 0]", [](Plan&, Steering& s) { s.rank = 4; });
+  bad_steering("up", [](Plan& p, Steering& s) {
+    static const float ones[dive::cpu::kPanelColumns * 8] = {};
+    s.rank = 1;
+    s.down = {p.final_norm.weight, DType::kFloat32, nullptr, 1, p.hidden_size, p.hidden_size, nullptr};
+    s.up = {ones, DType::kFloat32, ones, (p.hidden_size + 63) / 64, 64, 64, nullptr};
+  });
   bad_steering("activation", [](Plan&, Steering& s) { s.activation = static_cast<dive::cpu::Activation>(5); });
   for (const auto& [rows, threads] : {std::pair{0, 1}, {65, 1}, {1, 0}, {1, -1}, {1, 1 << 20}}) {
     refused(rows == 1 ? "threads" : "max_rows", [&, rows = rows, threads = threads] {

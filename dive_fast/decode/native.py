@@ -232,6 +232,8 @@ class NativeDecoder:
     ) -> None:
         """Run the batch's prompts, with a `PrefixCache` if given, and hand one request per row to the session."""
         self.check(batch)
+        if not self.plan.in_place():
+            raise InputError("model: the memory of a parameter was moved or freed while this decoder was in use")
         ids = batch["input_ids"]
         mask = batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
@@ -241,7 +243,7 @@ class NativeDecoder:
             prompt = ids[row, ids.shape[1] - int(mask[row].sum()) :].tolist()
             # Placeholder ids beyond the head's rows stand for images; no logit belongs to them.
             seen = [token for token in prompt[:-1] if token < vocabulary] + prompt[-1:]
-            layers = [] if before is None else self._layers(before)
+            layers = [] if before is None else self._layers(before, len(prompt) - 1)
             session.submit(
                 prompt=seen,
                 prefilled=len(prompt) - 1,
@@ -258,10 +260,19 @@ class NativeDecoder:
         index = self.plan.adapter_index
         return list(index.values()) if name is None else [index[name]] if name in index else []
 
-    def _layers(self, prompt: Prefilled) -> list[tuple]:
+    def _layers(self, prompt: Prefilled, count: int) -> list[tuple]:
         """(keys, values) of a prompt as the engine takes them: the cache's dtype, each head's columns side by side."""
-        return [tuple(self._ready(states) for states in pair) for pair in prompt.layers]
+        values = self.plan.values
+        if len(prompt.layers) != len(values["layers"]):
+            raise InputError(f"model: its cache has {len(prompt.layers)} layers, expected {len(values['layers'])}")
+        expected = (values["kv_heads"], count, values["head_size"])
+        return [tuple(self._ready(states, expected) for states in pair) for pair in prompt.layers]
 
-    def _ready(self, states: torch.Tensor) -> torch.Tensor:
+    def _ready(self, states: torch.Tensor, expected: tuple) -> torch.Tensor:
+        if tuple(states.shape) != expected or states.device.type != "cpu":
+            raise InputError(
+                f"model: its cache holds states of {tuple(states.shape)} on {states.device}, expected {expected} on cpu"
+            )
         states = states.to(self.plan.cache_dtype)
-        return states if states.stride(-1) == 1 else states.contiguous()
+        side_by_side = states.stride(2) == 1 and states.stride(1) >= states.shape[2]
+        return states if side_by_side else states.contiguous()

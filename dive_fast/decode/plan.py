@@ -80,6 +80,13 @@ class Plan:
     cache_dtype: torch.dtype
     adapter_index: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self):
+        self._addresses = [tensor.data_ptr() for tensor in self.kept]
+
+    def in_place(self) -> bool:
+        """Whether everything is still where it was: a tensor's storage can be resized or freed under it."""
+        return all(tensor.data_ptr() == address for tensor, address in zip(self.kept, self._addresses, strict=True))
+
 
 def build_plan(model: nn.Module, adapters: tuple[str, ...] = (), int8: bool = False) -> Plan:
     """The plan of `model`'s decoder and the named steering adapters.
@@ -149,6 +156,10 @@ class _Builder:
         embedding, head = self.base.get_input_embeddings(), self.base.get_output_embeddings()
         _expect_class(embedding, "Embedding", "Gemma3TextScaledWordEmbedding")
         _expect_class(head, "Linear")
+        if embedding.weight.shape[0] < head.weight.shape[0]:
+            raise Unsupported(
+                f"the head knows {head.weight.shape[0]} tokens, the embedding {embedding.weight.shape[0]} of them"
+            )
         scale = getattr(embedding, "embed_scale", None)
         capped = type(self.base).__name__ == "Gemma3ForCausalLM" and text.final_logit_softcapping
         layers = [self.layer(i, layer) for i, layer in enumerate(self.decoder.layers)]
@@ -227,10 +238,8 @@ class _Builder:
     def norm(self, norm: nn.Module, size: int) -> tuple:
         _expect_class(norm, f"{self.family.prefix}RMSNorm")
         eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-        weight = norm.weight.detach()
-        if tuple(weight.shape) != (size,):
-            raise Unsupported(f"a norm has {tuple(weight.shape)} weights, expected {size}")
-        return self.vector(weight.float() + self.family.norm_offset if self.family.norm_offset else weight), float(eps)
+        weight, offset = _plain(norm.weight, "a norm"), self.family.norm_offset
+        return self.vector(weight.float() + offset if offset else weight, size, "a norm"), float(eps)
 
     def linear(self, linear: nn.Module, shape: tuple, where: str) -> tuple:
         _expect_class(linear, "Linear")
@@ -244,25 +253,33 @@ class _Builder:
 
     def weight(self, weight: torch.Tensor, bias, shape: tuple, where: str) -> tuple:
         """(address, dtype, rows, columns, row stride, bias, scales) of a matrix, in place."""
-        weight = weight.detach()
+        weight = _plain(weight, where)
         if weight.device.type != "cpu":
             raise Unsupported(f"{where} lies on {weight.device}; it runs on the CPU")
         if weight.dtype not in DTYPES:
             raise Unsupported(f"{where} holds {weight.dtype}; it takes float32, bfloat16 and float16")
-        if type(weight.data) is not torch.Tensor or weight.layout != torch.strided:
-            raise Unsupported(f"{where} holds a {type(weight.data).__name__}, not a plain tensor")
-        rows, columns = (weight.shape[i] if n is None else n for i, n in enumerate(shape))
-        if tuple(weight.shape) != (rows, columns) or weight.stride(1) != 1:
-            raise Unsupported(f"{where} has a matrix of {tuple(weight.shape)}, expected {(rows, columns)}, row by row")
-        if bias is not None and tuple(bias.shape) != (rows,):
-            raise Unsupported(f"{where} has a bias of {tuple(bias.shape)}, expected {rows}")
+        if weight.dim() != 2 or tuple(weight.shape) != tuple(
+            weight.shape[i] if n is None else n for i, n in enumerate(shape)
+        ):
+            raise Unsupported(f"{where} has a matrix of {tuple(weight.shape)}, expected {shape}")
+        rows, columns = weight.shape
+        # A dimension of one element may have any stride.
+        stride = weight.stride(0) if rows > 1 else columns
+        if (columns > 1 and weight.stride(1) != 1) or stride < columns:
+            raise Unsupported(f"{where} has a matrix whose rows do not follow each other in memory")
+        end = (weight.storage_offset() + (rows - 1) * stride + columns) * weight.element_size()
+        if weight.untyped_storage().nbytes() < end:
+            raise Unsupported(f"{where} has a matrix whose memory was taken away")
         self.kept.append(weight)
-        address = 0 if bias is None else self.vector(bias)
-        return weight.data_ptr(), DTYPES.index(weight.dtype), rows, columns, weight.stride(0), address, 0
+        address = 0 if bias is None else self.vector(bias, rows, f"{where}, a bias")
+        return weight.data_ptr(), DTYPES.index(weight.dtype), rows, columns, stride, address, 0
 
-    def vector(self, values: torch.Tensor) -> int:
-        """The address of float32 numbers, kept alive."""
-        values = values.detach().to("cpu", torch.float32).contiguous()
+    def vector(self, values: torch.Tensor, size: int, where: str) -> int:
+        """The address of `size` float32 numbers, kept alive."""
+        values = _plain(values, where)
+        if tuple(values.shape) != (size,):
+            raise Unsupported(f"{where} has {tuple(values.shape)} numbers, expected {size}")
+        values = values.to("cpu", torch.float32).contiguous()
         self.kept.append(values)
         return values.data_ptr()
 
@@ -284,15 +301,17 @@ class _Builder:
         matrices = {"down": _NO_WEIGHT, "up": _NO_WEIGHT}
         if rank:
             down, up = (self.adapter_matrix(x) for x in (down, up))
+            if tuple(up.shape) != (hidden, rank):
+                raise Unsupported(f"an adapter has a matrix of {tuple(up.shape)}, expected {(hidden, rank)}")
             matrices["down"] = self.weight(down, parts["bias"], (rank, hidden), "an adapter")
             up = panels(up)
             matrices["up"] = self.weight(up, None, tuple(up.shape), "an adapter")
         static = parts["static"]
         return matrices | {
             "rank": rank,
-            "static": 0 if static is None else self.vector(static),
+            "static": 0 if static is None else self.vector(static, hidden, "an adapter's static push"),
             "alpha": float(parts["alpha"]),
-            "gate_direction": 0 if gate is None else self.vector(gate[0]),
+            "gate_direction": 0 if gate is None else self.vector(gate[0], hidden, "an adapter's gate"),
             "gate_offset": 0.0 if gate is None else float(gate[1]),
             "activation": ACTIVATIONS.index(parts["activation"]),
             "normalize_input": parts["normalize_input"],
@@ -302,7 +321,7 @@ class _Builder:
     def adapter_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
         """float16 where the model's own matrices have half precision too (an adapter's bytes are its cost, and float16
         has more digits than bfloat16), unless numbers are too large or too small for that; float32 else."""
-        matrix = matrix.detach().to("cpu", torch.float32).contiguous()
+        matrix = _plain(matrix, "an adapter").to("cpu", torch.float32).contiguous()
         if self.cache_dtype == torch.float32:
             return matrix
         half = matrix.half()
@@ -315,6 +334,19 @@ def panels(up: torch.Tensor) -> torch.Tensor:
     rows, rank = up.shape
     padded = torch.nn.functional.pad(up, (0, 0, 0, -rows % PANEL_COLUMNS))
     return padded.view(-1, PANEL_COLUMNS, rank).transpose(1, 2).contiguous().view(-1, PANEL_COLUMNS)
+
+
+def _plain(values: torch.Tensor, where: str) -> torch.Tensor:
+    """`values` without their history, numbers in memory with nothing else to say how they are meant."""
+    if values.device.type == "meta":
+        raise Unsupported(f"{where} lies on meta: it has no numbers yet")
+    values = values.detach()
+    if type(values.data) is not torch.Tensor or values.layout != torch.strided or values.is_quantized:
+        kind = type(values.data).__name__ if values.layout == torch.strided else values.layout
+        raise Unsupported(f"{where} holds a {kind}, not a plain tensor")
+    if not values.is_floating_point():
+        raise Unsupported(f"{where} holds {values.dtype}, not floating-point numbers")
+    return values
 
 
 def _expect_class(module: nn.Module, *names: str) -> None:
