@@ -34,7 +34,8 @@ def extension_with(devices: list[dict], probe=lambda index: {"status": OK, "elem
         __version__="0.0.0",
         cpu=SimpleNamespace(
             brand=lambda: "Invented Processor",
-            instruction_sets=lambda: ["avx2", "fma"], kernel_levels=lambda: ["portable"],
+            instruction_sets=lambda: ["avx2", "fma"],
+            kernel_levels=lambda: ["portable"],
             cores=lambda: {"logical": 8, "physical": 4},
         ),
         cuda=SimpleNamespace(

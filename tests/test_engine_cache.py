@@ -5,7 +5,7 @@ import torch
 
 from dive_fast import native
 from dive_fast.decode.native import NativeDecoder, Sampling
-from tests.test_engine import REQUEST, close, decode, step_logits, whole_logits
+from tests.engine_checks import REQUEST, close, decode, step_logits, whole_logits
 from tests.tiny_models import text_batch, tiny_model
 
 BLOCK = native.load().cpu.decode.CACHE_BLOCK

@@ -12,7 +12,7 @@ from dive_fast.decode.native import NativeDecoder
 from dive_fast.decode.prefix_cache import BLOCK
 from dive_fast.errors import InputError
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
-from tests.test_engine import KINDS, REQUEST, close, mixed_model, steered, whole_logits
+from tests.engine_checks import KINDS, REQUEST, close, mixed_model, steered, whole_logits
 from tests.tiny_models import (
     FAMILIES,
     IMAGE_LENGTH,

@@ -9,7 +9,7 @@ import dive_fast
 from dive_fast.decode.native import NativeDecoder, Search
 from dive_fast.errors import InputError
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
-from tests.test_engine import REQUEST, batch_of, mixed_model, steered, whole_logits
+from tests.engine_checks import REQUEST, batch_of, mixed_model, steered, whole_logits
 from tests.tiny_models import text_batch, tiny_model
 
 PROMPTS = ["Indication: cough.", "Indication: fever and chest pain for three days. Tags: normal.", "Tags: effusion."]

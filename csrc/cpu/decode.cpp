@@ -270,7 +270,6 @@ void argmax(const Worker& worker, const float* logits, int batch, std::int64_t v
 std::uint32_t read_memory(const void* data, std::int64_t bytes, Isa isa, int threads) {
   constexpr std::int64_t kLine = 64;
   std::atomic<std::uint32_t> total{0};
-  // On the threads of run_team(): those of another team would be in their way for a while afterwards.
   parallel_together(threads, [&](int index) {
     const Range mine = share({index, threads, isa, nullptr}, bytes / kLine);
     const char* begin = static_cast<const char*>(data) + mine.begin * kLine;

@@ -101,17 +101,34 @@ using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned threads, unsign
 
 const pid_t loaded_in = getpid();
 
+using OpenMpNumber = int (*)();
+
 // Looked up in the process until it is there: torch may be imported after this library. Not for a forked child: GNU's
 // runtime would wait there for threads that stayed with the parent.
-OpenMpParallel openmp() {
+template <class Function>
+Function openmp(const char* name, std::atomic<Function>& found) {
   if (getpid() != loaded_in) return nullptr;
-  static std::atomic<OpenMpParallel> found{nullptr};
-  OpenMpParallel entry = found.load(std::memory_order_acquire);
+  Function entry = found.load(std::memory_order_acquire);
   if (entry == nullptr) {
-    entry = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    entry = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
     found.store(entry, std::memory_order_release);
   }
   return entry;
+}
+
+OpenMpParallel openmp_parallel() {
+  static std::atomic<OpenMpParallel> found{nullptr};
+  return openmp("GOMP_parallel", found);
+}
+
+OpenMpNumber openmp_team_size() {
+  static std::atomic<OpenMpNumber> found{nullptr};
+  return openmp("omp_get_num_threads", found);
+}
+
+OpenMpNumber openmp_thread_index() {
+  static std::atomic<OpenMpNumber> found{nullptr};
+  return openmp("omp_get_thread_num", found);
 }
 
 struct Shared {
@@ -126,12 +143,27 @@ void take_tasks(void* data) {
   for (int i = shared.next.fetch_add(1); i < shared.threads; i = shared.next.fetch_add(1)) (*shared.task)(i);
 }
 
+struct Team {
+  const std::function<void(int)>* task;
+  int threads;
+  OpenMpNumber size, index;
+  std::atomic<bool> whole{false};
+};
+
+// Every member its own task, or none at all where members are missing: who waits for the others would wait for ever.
+void take_own_task(void* data) {
+  Team& team = *static_cast<Team*>(data);
+  if (team.size() != team.threads) return;
+  team.whole.store(true, std::memory_order_relaxed);
+  (*team.task)(team.index());
+}
+
 }  // namespace
 
 void parallel(int threads, const std::function<void(int)>& task) {
   if (threads <= 1) {
     task(0);
-  } else if (const OpenMpParallel run = openmp()) {
+  } else if (const OpenMpParallel run = openmp_parallel()) {
     Shared shared{&task, threads};
     run(take_tasks, &shared, static_cast<unsigned>(threads), 0);
   } else {
@@ -142,9 +174,16 @@ void parallel(int threads, const std::function<void(int)>& task) {
 void parallel_together(int threads, const std::function<void(int)>& task) {
   if (threads <= 1) {
     task(0);
-  } else {
-    pool().run(threads, task);
+    return;
   }
+  if (const OpenMpParallel run = openmp_parallel()) {
+    Team team{&task, threads, openmp_team_size(), openmp_thread_index()};
+    if (team.size && team.index) {
+      run(take_own_task, &team, static_cast<unsigned>(threads), 0);
+      if (team.whole.load(std::memory_order_relaxed)) return;
+    }
+  }
+  pool().run(threads, task);
 }
 
 }  // namespace dive::cpu

@@ -11,8 +11,8 @@ namespace dive::cpu {
 // not wait for each other, must not throw and must not call parallel() themselves.
 void parallel(int threads, const std::function<void(int)>& task);
 
-// The same for tasks that wait for each other: every one has a thread of this library's own, whatever else runs the
-// tasks of parallel().
+// The same for tasks that wait for each other: every one has a thread of its own. Where the OpenMP runtime gives fewer
+// threads than that, this library's do the work.
 void parallel_together(int threads, const std::function<void(int)>& task);
 
 }  // namespace dive::cpu

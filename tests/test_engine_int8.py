@@ -1,0 +1,74 @@
+"""Decoding with 8-bit weights, against the matrices that they stand for."""
+
+import copy
+
+import pytest
+import torch
+
+import dive_fast
+from dive_fast.decode.native import NativeDecoder
+from dive_fast.errors import InputError
+from tests.engine_checks import (
+    close,
+    step_logits,
+    whole_logits,
+)
+from tests.tiny_models import (
+    text_batch,
+    tiny_model,
+)
+
+
+def rounded_to_int8(model):
+    """The model with every matrix of its decoder and the head as int8 with a scale per row stands for it."""
+    model = copy.deepcopy(model)
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            rows = module.weight.detach().double()
+            scales = rows.abs().amax(dim=1, keepdim=True) / 127
+            module.weight.data = ((rows / scales).round() * scales).to(module.weight.dtype)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_int8_weights_are_the_rounded_matrices(family):
+    model, batch = tiny_model(family), text_batch()
+    batch = {k: v[:, -1:] for k, v in batch.items()}  # no prefill, which keeps the model's own matrices
+    forced = torch.randint(3, 60, (3, 20), generator=torch.Generator().manual_seed(16))
+    ours = step_logits(model, batch, forced, weights="int8")
+    close(ours, whole_logits(rounded_to_int8(model), batch, forced))
+    assert (ours - step_logits(model, batch, forced)).abs().max() > 1e-4
+
+
+def test_int8_matrices_are_made_once_and_again_when_the_weights_change():
+    model, batch = tiny_model("llama"), text_batch()
+    plans = [NativeDecoder(model, weights="int8").plan.values for _ in range(2)]
+    addresses = [[layer["down"][0] for layer in plan["layers"]] for plan in plans]
+    assert addresses[0] == addresses[1]
+    before = dive_fast.generate(model, batch, max_new_tokens=20, weights="int8")
+    assert before.stats["engine"] == "native" and before.stats["weights"] == "int8"
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for one, other in zip(model.parameters(), tiny_model("llama", seed=99).parameters(), strict=True):
+            one.copy_(other)
+    after = dive_fast.generate(model, batch, max_new_tokens=20, weights="int8")
+    assert [s.tolist() for s in after.sequences] != [s.tolist() for s in before.sequences]
+    again = dive_fast.generate(changed, batch, max_new_tokens=20, weights="int8")
+    assert [s.tolist() for s in again.sequences] == [s.tolist() for s in before.sequences]
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"weights": "int4"}, "weights: expected None or 'int8', got 'int4'"),
+        ({"weights": "int8", "engine": "transformers"}, "weights: 'int8' needs the native engine"),
+    ],
+)
+def test_weights_that_do_not_exist_are_refused(options, reason):
+    with pytest.raises(InputError, match=reason):
+        dive_fast.generate(tiny_model("llama"), text_batch(1), max_new_tokens=2, **options)
+    with pytest.raises(InputError, match="weights: 'int8' needs the native engine, which cannot run this: .*float64"):
+        dive_fast.generate(tiny_model("llama").double(), text_batch(1), max_new_tokens=2, weights="int8")
