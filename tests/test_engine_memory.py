@@ -15,7 +15,7 @@ from dive_fast import native
 from dive_fast.decode.native import NativeDecoder
 from dive_fast.decode.plan import Unsupported
 from dive_fast.errors import InputError
-from tests.test_engine import REQUEST, close, step_logits, whole_logits
+from tests.engine_checks import REQUEST, close, step_logits, whole_logits
 from tests.tiny_models import randomize_adapters, text_batch, tiny_model
 
 
