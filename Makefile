@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.dive-fast-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# Only for `make sanitize`.
-CMAKE ?= cmake
+# For `make sanitize`: the machine's own, or the one that the test extra brings.
+CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 CORES ?= $(shell nproc 2>/dev/null || echo 2)
 
 # Extra options for every pip install, for pytest, and for the demo.
@@ -31,7 +31,7 @@ test: $(STAMP) ## run the tests (PYTEST_ARGS="-k steer" for some of them)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # What memory checkers find ends the program with a report, leaks at its end. One build cannot hold both kinds.
-sanitize: ## run the engine's C++ tests under the address, leak, undefined-behaviour and thread sanitizers
+sanitize: $(if $(shell command -v cmake),,$(STAMP)) ## run the engine's C++ tests under the address, leak, undefined-behaviour and thread sanitizers
 	@command -v $(CMAKE) >/dev/null \
 	|| { echo "make sanitize needs CMake 3.25 or newer: put it on PATH, or make sanitize CMAKE=/path/to/cmake" >&2; exit 1; }
 	@mkdir -p build

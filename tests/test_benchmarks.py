@@ -141,6 +141,12 @@ def test_wrong_decoding_is_not_timed(changes, complaint):
         check(FalseDecoding(**changes), False, decode_problem(), UNSTEERED)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_results_hold_figures_and_no_report_texts(path):
+    text = path.read_text()
+    assert not any(f'"{name}"' in text for name in ("samples", "reference", "prediction", "prompt"))
+
+
 def test_a_missing_peer_has_a_reason():
     missing = loss_peers.package("no_such_package", "pip install it")
     assert missing("cpu") == "no_such_package is not installed (pip install it)"

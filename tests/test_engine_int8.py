@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dive_fast
+from dive_fast.decode.int8 import int8_matrix
 from dive_fast.decode.native import NativeDecoder
 from dive_fast.errors import InputError
 from tests.engine_checks import (
@@ -58,6 +59,16 @@ def test_int8_matrices_are_made_once_and_again_when_the_weights_change():
     assert [s.tolist() for s in after.sequences] != [s.tolist() for s in before.sequences]
     again = dive_fast.generate(changed, batch, max_new_tokens=20, weights="int8")
     assert [s.tolist() for s in again.sequences] == [s.tolist() for s in before.sequences]
+
+
+def test_writes_past_the_version_counter_are_seen_too():
+    model = tiny_model("llama")
+    for place in ((0, 0), (-1, -1)):
+        before = int8_matrix(model.model.layers[0].mlp.up_proj.weight)
+        model.model.layers[0].mlp.up_proj.weight.data[place] += 1.0
+        after = int8_matrix(model.model.layers[0].mlp.up_proj.weight)
+        assert not torch.equal(before.values[place[0]], after.values[place[0]])
+        assert int8_matrix(model.model.layers[0].mlp.up_proj.weight) is after
 
 
 @pytest.mark.parametrize(

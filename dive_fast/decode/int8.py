@@ -8,6 +8,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dive_fast import native
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/cpu/dtype.h
+_LINE = 64  # bytes
 
 
 class Int8Matrix(NamedTuple):
@@ -23,8 +24,7 @@ class Int8Matrix(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    address: int
-    version: int
+    state: tuple
     matrix: Int8Matrix
 
 
@@ -34,10 +34,12 @@ _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def int8_matrix(weight: torch.Tensor) -> Int8Matrix:
     """`weight` [N, K] (float32, bfloat16 or float16 on the CPU, rows contiguous) with every row rounded to 255 steps.
 
-    A second call with the same tensor returns the same matrix, unless the tensor was written to in between.
+    A second call with the same tensor returns the same matrix, unless the tensor was written to in between, through
+    `.data` too: its memory is read and summed, which takes a tenth of the time of rounding it.
     """
+    weight_state = _state(weight)
     found = _kept.get(weight)
-    if found is not None and (found.address, found.version) == (weight.data_ptr(), weight._version):
+    if found is not None and found.state == weight_state:
         return found.matrix
     rows, columns = weight.shape
     matrix = Int8Matrix(torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows))
@@ -49,5 +51,17 @@ def int8_matrix(weight: torch.Tensor) -> Int8Matrix:
         cpu.kernel_levels()[-1],
         torch.get_num_threads(),
     )
-    _kept[weight] = _Kept(weight.data_ptr(), weight._version, matrix)
+    _kept[weight] = _Kept(weight_state, matrix)
     return matrix
+
+
+def _state(weight: torch.Tensor) -> tuple:
+    """What changes when the tensor does: its place, torch's count of writes, the sum of its memory's words in whole
+    cache lines, and the numbers behind the last of them."""
+    cpu = native.load().cpu
+    rows, _ = weight.shape
+    words = (rows - 1) * weight.stride(0) + weight.shape[1]
+    total = cpu.decode.read_memory(
+        weight.data_ptr(), words * weight.element_size(), cpu.kernel_levels()[-1], torch.get_num_threads()
+    )
+    return weight.data_ptr(), weight._version, total, weight[-1, -_LINE // weight.element_size() :].tolist()
