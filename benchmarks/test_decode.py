@@ -22,7 +22,7 @@ ROWS = {"smoke": (2,), "laptop": (1, 4, 8)}
 RANKS = {"smoke": (4,), "laptop": (16, 64, 256)}
 FIRST_TOKEN_ROUNDS = 5
 # Short runs in many rounds: an overhead of a percent is smaller than the machine's drift within a second.
-OVERHEAD_TOKENS, OVERHEAD_ROUNDS = 16, 40
+OVERHEAD_TOKENS, OVERHEAD_ROUNDS = 16, 150
 
 
 def steerings(scale: str) -> list[Steering]:
