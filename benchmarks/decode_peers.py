@@ -42,7 +42,7 @@ GREEDY = {
 
 
 class RunPrompts:
-    """In place of a decoder's prefill: prompts that have been run, so that nothing but the engine runs between rounds."""
+    """In place of a decoder's prefill: prompts that have been run, so that only the engine runs between rounds."""
 
     def __init__(self, prefill, batch: dict, names):
         self.prefilled = prefill.run(batch, names, None)

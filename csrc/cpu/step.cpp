@@ -144,6 +144,9 @@ class CpuStepper final : public engine::Stepper {
       rope(alone, q, cosine, sine, mine, H, E);
       rope(alone, k, cosine, sine, mine, G, E);
       append_to_cache(alone, shape_, k, shared_.v.data() + std::int64_t{first} * G * E, caches + first, mine);
+    } else {
+      // Workers without a row have nothing to do, and memory neither.
+      steer_.ask_ahead(l, worker.index - first, worker.count - B);
     }
     worker.sync();
     attention(worker, shape_, shared_.q.data(), caches, B, shared_.attended.data());

@@ -19,6 +19,9 @@ class StepSteering {
   // Which rows of the coming step share which adapter.
   void group(const std::vector<engine::StepRow>& rows);
 
+  // Asks memory for what apply() will read of a layer, the part of it that idle worker `index` of `count` sees to.
+  void ask_ahead(std::size_t layer, int index, int count) const;
+
   // Steers `stream` [B][D], every worker's own copy of the same numbers. Workers meet inside.
   void apply(const Worker& worker, std::size_t layer, SteerPlace place, float* stream);
 
