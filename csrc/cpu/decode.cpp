@@ -63,8 +63,8 @@ struct Pieces {
 // The team's memory, large enough. Everyone sees the same size before the first sync, since only what stands between
 // the two may change it.
 float* shared_scratch(const Worker& worker, std::int64_t floats) {
-  thread_local std::vector<float> own;
-  std::vector<float>& memory = worker.scratch ? *worker.scratch : own;
+  thread_local AlignedFloats own;
+  AlignedFloats& memory = worker.scratch ? *worker.scratch : own;
   const auto size = static_cast<std::size_t>(floats);
   if (memory.size() < size) {
     worker.sync();
@@ -100,8 +100,8 @@ void Barrier::wait() {
 }
 
 void run_team(int threads, Isa isa, const std::function<void(const Worker&)>& body) {
-  thread_local std::vector<float> scratch;
-  std::vector<float>* const shared = &scratch;
+  thread_local AlignedFloats scratch;
+  AlignedFloats* const shared = &scratch;
   Barrier barrier(threads);
   std::mutex mutex;
   std::exception_ptr error;

@@ -15,6 +15,7 @@
 #include <functional>
 #include <vector>
 
+#include "cpu/aligned.h"
 #include "cpu/decode_types.h"
 #include "cpu/dtype.h"
 #include "cpu/isa.h"
@@ -38,7 +39,7 @@ struct Worker {
   int index, count;
   Isa isa;
   Barrier* barrier;
-  std::vector<float>* scratch = nullptr;  // the team's; null: the calling thread's own
+  AlignedFloats* scratch = nullptr;  // the team's; null: the calling thread's own
 
   void sync() const {
     if (count > 1) barrier->wait();

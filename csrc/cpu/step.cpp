@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cpu/aligned.h"
 #include "cpu/decode.h"
 #include "cpu/step_steer.h"
 #include "engine/check.h"
@@ -21,13 +22,13 @@ using engine::StepRow;
 // Every worker keeps the residual stream and its norms for itself and computes them in full: a few thousand numbers,
 // which cost less than a barrier between writing and reading them would.
 struct Private {
-  std::vector<float> stream, normed, update;
+  AlignedFloats stream, normed, update;
 };
 
 // What all workers see.
 struct Shared {
-  std::vector<float> q, k, v, attended, inner, update, logits;
-  std::vector<float> cosine, sine;        // [ropes][B][E]
+  AlignedFloats q, k, v, attended, inner, update, logits;
+  AlignedFloats cosine, sine;        // [ropes][B][E]
   std::vector<CacheRow> caches;           // [layers][B]
 };
 
@@ -144,9 +145,6 @@ class CpuStepper final : public engine::Stepper {
       rope(alone, q, cosine, sine, mine, H, E);
       rope(alone, k, cosine, sine, mine, G, E);
       append_to_cache(alone, shape_, k, shared_.v.data() + std::int64_t{first} * G * E, caches + first, mine);
-    } else {
-      // Workers without a row have nothing to do, and memory neither.
-      steer_.ask_ahead(l, worker.index - first, worker.count - B);
     }
     worker.sync();
     attention(worker, shape_, shared_.q.data(), caches, B, shared_.attended.data());

@@ -11,18 +11,6 @@ namespace {
 // for another one's half takes.
 constexpr std::int64_t kLittle = 16384;
 
-// Bytes of a matrix that are asked for ahead: more would take longer than the others' work that is waited for.
-constexpr std::int64_t kAskedAhead = 32768;
-
-void ask_for(const Weight& weight, int index, int count) {
-  constexpr std::int64_t kLine = 64;
-  const std::int64_t bytes = std::min(weight.rows * weight.row_stride * size_of(weight.dtype), kAskedAhead);
-  const char* data = static_cast<const char*>(weight.data);
-  for (std::int64_t i = bytes * index / count; i < bytes * (index + 1) / count; i += kLine) {
-    __builtin_prefetch(data + i, 0, 2);
-  }
-}
-
 // Room for whole vectors of every level.
 std::int64_t padded(std::int64_t size) { return (size + 15) / 16 * 16; }
 
@@ -63,20 +51,6 @@ void StepSteering::group(const std::vector<engine::StepRow>& rows) {
     }
     if (groups.empty()) return;
     turns_.push_back(std::move(groups));
-  }
-}
-
-void StepSteering::ask_ahead(std::size_t layer, int index, int count) const {
-  for (const std::vector<Group>& groups : turns_) {
-    for (const Group& group : groups) {
-      const engine::Adapter& adapter = plan_.adapters[group.adapter];
-      for (const auto* place : {&adapter.attention, &adapter.block}) {
-        const auto& steering = (*place)[layer];
-        if (!steering || !steering->rank) continue;
-        ask_for(steering->down, index, count);
-        ask_for(steering->up, index, count);
-      }
-    }
   }
 }
 

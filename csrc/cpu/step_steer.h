@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/aligned.h"
 #include "cpu/decode.h"
 #include "engine/plan.h"
 #include "engine/stepper.h"
@@ -18,9 +19,6 @@ class StepSteering {
 
   // Which rows of the coming step share which adapter.
   void group(const std::vector<engine::StepRow>& rows);
-
-  // Asks memory for what apply() will read of a layer, the part of it that idle worker `index` of `count` sees to.
-  void ask_ahead(std::size_t layer, int index, int count) const;
 
   // Steers `stream` [B][D], every worker's own copy of the same numbers. Workers meet inside.
   void apply(const Worker& worker, std::size_t layer, SteerPlace place, float* stream);
@@ -39,7 +37,7 @@ class StepSteering {
 
   // Every worker's own. Products are there too, for parts so small that each worker computes them whole.
   struct Private {
-    std::vector<float> inputs, inner, activated, activated_row, products;
+    AlignedFloats inputs, inner, activated, activated_row, products;
   };
 
   void steer(const Worker& worker, const std::vector<Part>& parts, float* stream);
@@ -49,7 +47,7 @@ class StepSteering {
   std::vector<std::vector<Group>> turns_;  // the n-th adapters of all rows, which act before the next
   std::vector<std::vector<Part>> parts_;   // every worker's own
   std::vector<Private> private_;
-  std::vector<float> inner_, products_;    // shared: [B][R], [B][D]
+  AlignedFloats inner_, products_;    // shared: [B][R], [B][D]
 };
 
 }  // namespace dive::cpu
