@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/decode_kernel.h"
+#include "cpu/spin.h"
 #include "cpu/thread_pool.h"
 
 namespace dive::cpu {
@@ -35,14 +36,6 @@ Range share(const Worker& worker, std::int64_t count, std::int64_t unit = 1) {
   const std::int64_t units = (count + unit - 1) / unit;
   return {std::min(units * worker.index / worker.count * unit, count),
           std::min(units * (worker.index + 1) / worker.count * unit, count)};
-}
-
-void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#else
-  std::this_thread::yield();
-#endif
 }
 
 // The pieces of a row: they begin at multiples of `positions`, the first of them at row.first.

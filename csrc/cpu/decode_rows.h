@@ -110,7 +110,7 @@ inline void dot_block(const Element* w, std::int64_t w_stride, int rows, const f
   int r = 0;
   for (; r + kR <= rows; r += kR) {
     dot_tile<kR, kB, kR == 1>(w + r * w_stride, w_stride, x, columns, ahead, totals + r);
-    ahead += w_stride * static_cast<std::int64_t>(sizeof(Element));
+    if (kR == 1) ahead += w_stride * static_cast<std::int64_t>(sizeof(Element));
   }
   for (; r < rows; ++r) dot_tile<1, kB, false>(w + r * w_stride, w_stride, x, columns, nullptr, totals + r);
   if (rows < kLanes) {

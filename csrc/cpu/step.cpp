@@ -28,8 +28,8 @@ struct Private {
 // What all workers see.
 struct Shared {
   AlignedFloats q, k, v, attended, inner, update, logits;
-  AlignedFloats cosine, sine;        // [ropes][B][E]
-  std::vector<CacheRow> caches;           // [layers][B]
+  AlignedFloats cosine, sine;    // [ropes][B][E]
+  std::vector<CacheRow> caches;  // [layers][B]
 };
 
 class CpuStepper final : public engine::Stepper {

@@ -16,8 +16,7 @@ std::int64_t padded(std::int64_t size) { return (size + 15) / 16 * 16; }
 
 }  // namespace
 
-StepSteering::StepSteering(const engine::Plan& plan, int max_rows, int threads)
-    : plan_(plan) {
+StepSteering::StepSteering(const engine::Plan& plan, int max_rows, int threads) : plan_(plan) {
   if (plan.adapters.empty()) return;
   for (const engine::Adapter& adapter : plan.adapters) {
     for (const auto* places : {&adapter.attention, &adapter.block}) {

@@ -9,20 +9,14 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/spin.h"
+
 namespace dive::cpu {
 namespace {
 
 // A step of decoding is hundreds of calls a few microseconds apart, and waking a sleeping thread takes tens of
 // microseconds; so a worker looks out for the next call this many times before it sleeps (about 50 microseconds).
 constexpr int kLooks = 2000;
-
-void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#else
-  std::this_thread::yield();
-#endif
-}
 
 class Pool {
  public:

@@ -35,7 +35,7 @@ def int8_matrix(weight: torch.Tensor) -> Int8Matrix:
     """`weight` [N, K] (float32, bfloat16 or float16 on the CPU, rows contiguous) with every row rounded to 255 steps.
 
     A second call with the same tensor returns the same matrix, unless the tensor was written to in between, through
-    `.data` too: its memory is read and summed, which takes a tenth of the time of rounding it.
+    `.data` too: its memory is read and summed.
     """
     weight_state = _state(weight)
     found = _kept.get(weight)
