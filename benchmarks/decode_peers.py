@@ -109,7 +109,7 @@ def _matrix_bytes(matrix: tuple) -> int:
 def _adapter_bytes(adapter: dict, hidden_size: int) -> int:
     steerings = [steering for site in adapter.values() for steering in site if steering is not None]
     vectors = sum(bool(s["static"]) + bool(s["gate_direction"]) for s in steerings)
-    return sum(_matrix_bytes(s["down"]) + _matrix_bytes(s["up"]) for s in steerings) + vectors * hidden_size * 4
+    return sum(_matrix_bytes(s["matrices"]) for s in steerings) + vectors * hidden_size * 4
 
 
 class Transformers:

@@ -209,8 +209,8 @@ std::optional<dive::engine::Steering> to_steering(const py::object& object) {
   dive::engine::Steering s;
   s.rank = d["rank"].cast<std::int64_t>();
   if (s.rank > 0) {
-    s.down = to_weight(d["down"].cast<WeightTuple>());
-    s.up = to_weight(d["up"].cast<WeightTuple>());
+    s.matrices = to_weight(d["matrices"].cast<WeightTuple>());
+    s.bias = pointer<float>(d["bias"].cast<std::uintptr_t>());
   }
   s.static_push = pointer<float>(d["static"].cast<std::uintptr_t>());
   s.alpha = d["alpha"].cast<float>();

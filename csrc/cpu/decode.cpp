@@ -109,35 +109,51 @@ void run_team(int threads, Isa isa, const std::function<void(const Worker&)>& bo
   if (error) std::rethrow_exception(error);
 }
 
-void project(const Worker& worker, const Weight* const* weights, int count, const float* x, int batch,
-             float* const* outputs, bool accumulate) {
+namespace {
+
+// Calls body(i, begin, end) for every matrix i of which the worker has rows.
+template <class Body>
+void for_shares(const Worker& worker, const Weight* const* weights, int count, Body body) {
   std::int64_t units = 0;
   for (int i = 0; i < count; ++i) units += (weights[i]->rows + kRowUnit - 1) / kRowUnit;
   const Range mine = share(worker, units);
   std::int64_t first = 0;  // of this matrix, among all units
   for (int i = 0; i < count; ++i) {
-    const Weight& weight = *weights[i];
-    const std::int64_t after = first + (weight.rows + kRowUnit - 1) / kRowUnit;
+    const std::int64_t after = first + (weights[i]->rows + kRowUnit - 1) / kRowUnit;
     const std::int64_t begin = std::max(mine.begin, first), end = std::min(mine.end, after);
-    if (begin < end) {
-      const std::int64_t last = std::min((end - first) * kRowUnit, weight.rows);
-      DIVE_DISPATCH(worker.isa, project_rows, weight, (begin - first) * kRowUnit, last, x, batch, outputs[i],
-                    accumulate);
-    }
+    if (begin < end) body(i, (begin - first) * kRowUnit, std::min((end - first) * kRowUnit, weights[i]->rows));
     first = after;
   }
 }
 
-void project_gated(const Worker& worker, GatedActivation activation, const Weight& gate, const Weight& up,
-                   const float* x, int batch, float* outputs) {
-  const Range mine = share(worker, gate.rows, kRowUnit);
-  DIVE_DISPATCH(worker.isa, project_gated_rows, gate, up, mine.begin, mine.end, x, batch, activation, outputs);
+const void* row_of(const Weight& weight, std::int64_t n) {
+  const std::int64_t element = weight.scales ? 1 : size_of(weight.dtype);
+  return static_cast<const std::byte*>(weight.data) + n * weight.row_stride * element;
 }
 
-void project_panels(const Worker& worker, const Weight& panels, std::int64_t N, std::int64_t R, const float* x,
-                    int batch, float* outputs) {
-  const Range mine = share(worker, N, kPanelColumns);
-  DIVE_DISPATCH(worker.isa, project_panel_rows, panels, mine.begin, mine.end, N, R, x, batch, outputs);
+}  // namespace
+
+const void* first_read(const Worker& worker, const Weight* const* weights, int count) {
+  const void* found = nullptr;
+  for_shares(worker, weights, count, [&](int i, std::int64_t begin, std::int64_t) {
+    if (!found) found = row_of(*weights[i], begin);
+  });
+  return found;
+}
+
+void project(const Worker& worker, const Weight* const* weights, int count, const float* x, int batch,
+             float* const* outputs, bool accumulate, const void* next) {
+  for_shares(worker, weights, count, [&](int i, std::int64_t begin, std::int64_t end) {
+    const void* after = next;
+    if (end == weights[i]->rows && i + 1 < count) after = weights[i + 1]->data;
+    DIVE_DISPATCH(worker.isa, project_rows, *weights[i], begin, end, x, batch, outputs[i], accumulate, after);
+  });
+}
+
+void project_gated(const Worker& worker, GatedActivation activation, const Weight& gate, const Weight& up,
+                   const float* x, int batch, float* outputs, const void* next) {
+  const Range mine = share(worker, gate.rows, kRowUnit);
+  DIVE_DISPATCH(worker.isa, project_gated_rows, gate, up, mine.begin, mine.end, x, batch, activation, outputs, next);
 }
 
 void quantize_int8(const Weight& weight, std::int8_t* out, float* scales, Isa isa, int threads) {

@@ -52,20 +52,17 @@ void run_team(int threads, Isa isa, const std::function<void(const Worker&)>& bo
 
 // outputs[i][b][n] = sum over k of x[b][k] * weights[i][n][k] + bias[n]: `count` matrices over the same x, each read
 // once. x is [B][K], outputs[i] is [B][weights[i]->rows], all contiguous; 1 <= B <= 64. With `accumulate` that is added
-// to what outputs hold.
+// to what outputs hold. `next` is first_read() of what the worker computes after this, or null.
 void project(const Worker& worker, const Weight* const* weights, int count, const float* x, int batch,
-             float* const* outputs, bool accumulate = false);
+             float* const* outputs, bool accumulate = false, const void* next = nullptr);
 
-// outputs[b][n] = sum over r of x[b][r] * panels[n / 64][r][n % 64], n < N: a product with few columns, R, whose matrix is
-// stored in panels of 64 rows, transposed, so that no sum runs along a vector. panels is [ceil(N / 64) R, 64] without
-// gaps and is neither int8 nor does it have a bias; x is [B][R].
-void project_panels(const Worker& worker, const Weight& panels, std::int64_t N, std::int64_t R, const float* x,
-                    int batch, float* outputs);
+// Where the worker's share of those matrices begins, null if it has none.
+const void* first_read(const Worker& worker, const Weight* const* weights, int count);
 
 // outputs[b][n] = act(x[b] . gate[n] + gate.bias[n]) * (x[b] . up[n] + up.bias[n]), bit-equal to project() followed by
 // gated_activation(), without a sync between them.
 void project_gated(const Worker& worker, GatedActivation activation, const Weight& gate, const Weight& up,
-                   const float* x, int batch, float* outputs);
+                   const float* x, int batch, float* outputs, const void* next = nullptr);
 
 // Per row of the matrix: scales[n] = max |row| / 127, out[n][k] = round(row[k] / scales[n]); zeros where the row is zero.
 void quantize_int8(const Weight& weight, std::int8_t* out, float* scales, Isa isa, int threads);

@@ -30,8 +30,7 @@ inline void score_positions(const AttentionShape& shape, const float* q, int hea
     for (int h = 0; h < heads; h += kBatchTile) {
       const int some = heads - h < kBatchTile ? heads - h : kBatchTile;
       vf found[kBatchTile];
-      const auto* next = h || !ahead ? nullptr : reinterpret_cast<const char*>(keys + s * E) + ahead;
-      dot_block(keys + s * E, E, rows, q + h * E, some, E, next, found);
+      dot_block(keys + s * E, E, rows, q + h * E, some, E, Ahead{h ? 0 : ahead}, found);
       for (int i = 0; i < some; ++i) {
         vf score = found[i] * splat(shape.scale);
         if (shape.softcap > 0) score = splat(shape.softcap) * tanh(score / splat(shape.softcap));

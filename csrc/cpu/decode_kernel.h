@@ -20,16 +20,12 @@ inline constexpr int kHeadTile = 16;
 static inline std::int64_t partial_size(int head_size) { return head_size + 2; }
 
 // outputs[b][n] = x[b] . weight[n] + bias[n], or plus that where `add`, for n in [begin, end); rows of outputs are
-// weight.rows apart.
+// weight.rows apart. Whoever calls reads from `next` on afterwards (null: it is not known).
 DIVE_DECLARE_VARIANTS(void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, const float* x,
-                                        int batch, float* outputs, bool add))
+                                        int batch, float* outputs, bool add, const void* next))
 DIVE_DECLARE_VARIANTS(void project_gated_rows(const Weight& gate, const Weight& up, std::int64_t begin,
                                               std::int64_t end, const float* x, int batch, GatedActivation activation,
-                                              float* outputs))
-// For n in [begin, end), which are whole panels but for the last.
-DIVE_DECLARE_VARIANTS(void project_panel_rows(const Weight& panels, std::int64_t begin, std::int64_t end,
-                                              std::int64_t N, std::int64_t R, const float* x, int batch,
-                                              float* outputs))
+                                              float* outputs, const void* next))
 DIVE_DECLARE_VARIANTS(void quantize_rows(const Weight& weight, std::int64_t begin, std::int64_t end, std::int8_t* out,
                                          float* scales))
 DIVE_DECLARE_VARIANTS(void embed_row(const Weight& embedding, std::int64_t token, float scale, float* out))

@@ -7,19 +7,20 @@ namespace {
 // How far ahead of its use memory is asked for: four rows, if that is no less than 4 KiB, which are some 150
 // nanoseconds at 25 GB/s and core, about the latency, and no more than 16 KiB, which is what L1 holds beside the rest.
 template <class Element>
-std::int64_t bytes_ahead(const Weight& weight) {
-  const std::int64_t rows = 4 * weight.row_stride * static_cast<std::int64_t>(sizeof(Element));
-  return rows < 4096 ? 4096 : rows > 16384 ? 16384 : rows;
+Ahead ahead_of(const Weight& weight, std::int64_t end, const void* next) {
+  const std::int64_t row = weight.row_stride * static_cast<std::int64_t>(sizeof(Element)), rows = 4 * row;
+  const std::int64_t distance = rows < 4096 ? 4096 : rows > 16384 ? 16384 : rows;
+  return {distance, static_cast<const char*>(weight.data) + end * row, static_cast<const char*>(next)};
 }
 
 // Products of rows n ... n + rows - 1 of the weight with rows `first` ... of the batch, and their scales and bias.
 template <class Element>
 inline void weight_block(const Weight& weight, std::int64_t n, int rows, const float* x, int first, int count,
-                         vf* out) {
+                         const Ahead& ahead, vf* out) {
   const Element* w = static_cast<const Element*>(weight.data) + n * weight.row_stride;
   // The first part of the batch finds the weights in memory, the others in L1.
-  const char* ahead = first ? nullptr : reinterpret_cast<const char*>(w) + bytes_ahead<Element>(weight);
-  dot_block(w, weight.row_stride, rows, x + first * weight.columns, count, weight.columns, ahead, out);
+  const Ahead& asked = first ? Ahead{} : ahead;
+  dot_block(w, weight.row_stride, rows, x + first * weight.columns, count, weight.columns, asked, out);
   // One expression for all cases, so that every caller's compiled form rounds alike.
   const vf scales = weight.scales ? load_some(weight.scales + n, rows) : splat(1.0f);
   const vf bias = weight.bias ? load_some(weight.bias + n, rows) : splat(0.0f);
@@ -36,55 +37,16 @@ inline void for_blocks(std::int64_t begin, std::int64_t end, int batch, Body bod
   }
 }
 
-// outputs[b][0 ... 4 vectors) of one panel for kB rows of x.
-template <int kB, class Element>
-[[gnu::always_inline]] inline void panel_tile(const Element* panel, std::int64_t R, const float* x, vf (*out)[4]) {
-  vf sums[kB][4];
-  unroll<kB>([&](auto b) { unroll<4>([&](auto v) { sums[b][v] = vf{}; }); });
-  for (std::int64_t r = 0; r < R; ++r) {
-    vf columns[4];
-    unroll<4>([&](auto v) { columns[v] = load(panel + r * kPanelColumns + v * kLanes); });
-    unroll<kB>([&](auto b) {
-      const vf number = splat(x[b * R + r]);
-      unroll<4>([&](auto v) { sums[b][v] += number * columns[v]; });
-    });
-  }
-  unroll<kB>([&](auto b) { unroll<4>([&](auto v) { out[b][v] = sums[b][v]; }); });
-}
-
 }  // namespace
 
-void project_panel_rows(const Weight& panels, std::int64_t begin, std::int64_t end, std::int64_t N, std::int64_t R,
-                        const float* x, int batch, float* outputs) {
-  with_elements(panels.dtype, false, [&](auto* type) {
-    using Element = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    for (std::int64_t n = begin; n < end; n += 4 * kLanes) {
-      const Element* panel =
-          static_cast<const Element*>(panels.data) + n / kPanelColumns * R * kPanelColumns + n % kPanelColumns;
-      for (int b = 0; b < batch; b += kBatchTile) {
-        const int rows = batch - b < kBatchTile ? batch - b : kBatchTile;
-        vf found[kBatchTile][4];
-        if (rows == 1) panel_tile<1>(panel, R, x + b * R, found);
-        if (rows == 2) panel_tile<2>(panel, R, x + b * R, found);
-        if (rows == 3) panel_tile<3>(panel, R, x + b * R, found);
-        if (rows == 4) panel_tile<4>(panel, R, x + b * R, found);
-        for (int i = 0; i < rows; ++i) {
-          for (int v = 0; v < 4 && n + v * kLanes < end; ++v) {
-            store_some(outputs + (b + i) * N + n + v * kLanes, found[i][v], end - n - v * kLanes);
-          }
-        }
-      }
-    }
-  });
-}
-
 void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, const float* x, int batch,
-                  float* outputs, bool add) {
+                  float* outputs, bool add, const void* next) {
   with_elements(weight.dtype, weight.scales != nullptr, [&](auto* type) {
     using Element = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    const Ahead ahead = ahead_of<Element>(weight, end, next);
     for_blocks(begin, end, batch, [&](std::int64_t n, int rows, int first, int count) {
       vf found[kBatchTile];
-      weight_block<Element>(weight, n, rows, x, first, count, found);
+      weight_block<Element>(weight, n, rows, x, first, count, ahead, found);
       for (int b = 0; b < count; ++b) {
         float* out = outputs + (first + b) * weight.rows + n;
         store_some(out, add ? load_some(out, rows) + found[b] : found[b], rows);
@@ -94,17 +56,18 @@ void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, co
 }
 
 void project_gated_rows(const Weight& gate, const Weight& up, std::int64_t begin, std::int64_t end, const float* x,
-                        int batch, GatedActivation activation, float* outputs) {
-  const auto block = [&](const Weight& weight, std::int64_t n, int rows, int first, int count, vf* found) {
+                        int batch, GatedActivation activation, float* outputs, const void* next) {
+  const auto block = [&](const Weight& weight, std::int64_t n, int rows, int first, int count, const void* after,
+                         vf* found) {
     with_elements(weight.dtype, weight.scales != nullptr, [&](auto* type) {
       using Element = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-      weight_block<Element>(weight, n, rows, x, first, count, found);
+      weight_block<Element>(weight, n, rows, x, first, count, ahead_of<Element>(weight, end, after), found);
     });
   };
   for_blocks(begin, end, batch, [&](std::int64_t n, int rows, int first, int count) {
     vf gates[kBatchTile], ups[kBatchTile];
-    block(gate, n, rows, first, count, gates);
-    block(up, n, rows, first, count, ups);
+    block(gate, n, rows, first, count, next, gates);
+    block(up, n, rows, first, count, nullptr, ups);
     for (int b = 0; b < count; ++b) {
       store_some(outputs + (first + b) * gate.rows + n, activate(activation, gates[b]) * ups[b], rows);
     }

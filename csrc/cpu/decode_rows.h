@@ -60,6 +60,20 @@ inline void with_elements(DType dtype, bool int8, F f) {
   }
 }
 
+// What memory is asked for while rows are read: what lies `distance` behind a row, and from `end` on, where the reader's
+// share of a matrix ends, what it reads after that, from `next` on, so that the next share is on its way when the workers
+// have met. Without `next`, what lies behind the end.
+struct Ahead {
+  std::int64_t distance = 0;  // bytes; 0: nothing is asked for
+  const char* end = nullptr;
+  const char* next = nullptr;
+
+  const char* of(const void* row) const {
+    const char* at = static_cast<const char*>(row) + distance;
+    return next && at >= end ? next + (at - end) : at;
+  }
+};
+
 // Sums over the columns, one vector of partial sums per row of weights and row of x, in the same order whatever kR and
 // kB are: that is what makes a row's result independent of its batch.
 template <int kR, int kB, bool kAsk, class Element>
@@ -102,15 +116,15 @@ inline constexpr int kRowTile = 2;
 #endif
 
 // out[b] = scalar products of x[b] with `rows` <= kLanes rows of weights, lane by lane, zeros in the lanes after them.
-// kR rows are read side by side; with one, memory is asked for from `ahead` on, as many bytes as are read.
+// kR rows are read side by side; with one, memory is asked for ahead of it.
 template <int kR, int kB, class Element>
 inline void dot_block(const Element* w, std::int64_t w_stride, int rows, const float* x, std::int64_t columns,
-                      const char* ahead, vf* out) {
+                      const Ahead& ahead, vf* out) {
   vf totals[kB * kLanes];
   int r = 0;
   for (; r + kR <= rows; r += kR) {
-    dot_tile<kR, kB, kR == 1>(w + r * w_stride, w_stride, x, columns, ahead, totals + r);
-    if (kR == 1) ahead += w_stride * static_cast<std::int64_t>(sizeof(Element));
+    const Element* row = w + r * w_stride;
+    dot_tile<kR, kB, kR == 1>(row, w_stride, x, columns, kR == 1 ? ahead.of(row) : nullptr, totals + r);
   }
   for (; r < rows; ++r) dot_tile<1, kB, false>(w + r * w_stride, w_stride, x, columns, nullptr, totals + r);
   if (rows < kLanes) {
@@ -119,12 +133,12 @@ inline void dot_block(const Element* w, std::int64_t w_stride, int rows, const f
   for (int b = 0; b < kB; ++b) out[b] = sums(totals + b * kLanes);
 }
 
-// The same for `batch` <= kBatchTile rows of x. `ahead` is null where the weights are in L1.
+// The same for `batch` <= kBatchTile rows of x. Where nothing is asked for, the weights are in L1.
 template <class Element>
 inline void dot_block(const Element* w, std::int64_t w_stride, int rows, const float* x, int batch,
-                      std::int64_t columns, const char* ahead, vf* out) {
+                      std::int64_t columns, const Ahead& ahead, vf* out) {
   const auto with = [&](auto kB) {
-    if (ahead) return dot_block<1, kB>(w, w_stride, rows, x, columns, ahead, out);
+    if (ahead.distance) return dot_block<1, kB>(w, w_stride, rows, x, columns, ahead, out);
     return dot_block<kRowTile, kB>(w, w_stride, rows, x, columns, ahead, out);
   };
   static_assert(kBatchTile == 4);
@@ -133,8 +147,6 @@ inline void dot_block(const Element* w, std::int64_t w_stride, int rows, const f
   if (batch == 3) return with(std::integral_constant<int, 3>{});
   return with(std::integral_constant<int, 4>{});
 }
-
-inline vf sigmoid(vf x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
 
 // Within 2 units in the last place. Near 0 the odd polynomial of Cephes' tanhf, beyond it the exponential.
 inline vf tanh(vf x) {

@@ -18,8 +18,11 @@ struct Weight {
   const float* bias;         // [N] or null
 };
 
-// Columns of a panel: two cache lines of half-precision numbers, and four of the widest vectors.
-inline constexpr int kPanelColumns = 64;
+// An adapter's two matrices are stored in the order in which a step reads them, block of ranks by block of ranks: that
+// many rows of `down` [ranks][padded D], then their columns of `up` as [padded D / kRankPanel][ranks][kRankPanel], zeros in the
+// padding. While one half of a block is used the other is on its way: 9 KiB at D = 576 in half precision.
+inline constexpr int kRankBlock = 8;
+inline constexpr int kRankPanel = 16;
 
 // Positions in a block of a cache. What attention holds of one at a time, 64 keys and values of 128 floats, is 64 KiB.
 inline constexpr int kCacheBlock = 64;

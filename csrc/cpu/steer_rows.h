@@ -67,8 +67,6 @@ inline float dot(const float* a, const float* b, std::int64_t n) {
   return sum_over(n, [=](std::int64_t i) { return at(a, i, n) * at(b, i, n); });
 }
 
-inline vf sigmoid(vf x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
-
 // phi in place over n elements, a whole number of vectors. erf and tanh come from libm: R of them are little beside the
 // products of a row.
 inline void activate(Activation activation, float* a, std::int64_t n) {

@@ -108,10 +108,10 @@ class CpuStepper final : public engine::Stepper {
       const Layer& layer = plan_.layers[l];
       attend(worker, alone, layer, l, B, own);
       add_update(alone, layer.post_attention, B, own);
-      steer_.apply(worker, l, SteerPlace::kAttention, own.stream.data());
-      feed_forward(worker, alone, layer, B, own);
+      steer_.apply(worker, l, SteerPlace::kAttention, own.stream.data(), mlp_read(worker, l));
+      feed_forward(worker, alone, layer, l, B, own);
       add_update(alone, layer.post_mlp, B, own);
-      steer_.apply(worker, l, SteerPlace::kBlock, own.stream.data());
+      steer_.apply(worker, l, SteerPlace::kBlock, own.stream.data(), layer_read(worker, l + 1));
     }
     norm(alone, plan_.final_norm, B, own);
     const Weight* head = &plan_.head;
@@ -130,7 +130,8 @@ class CpuStepper final : public engine::Stepper {
     norm(alone, layer.input, B, own);
     const Weight* inputs[] = {&layer.q_proj, &layer.k_proj, &layer.v_proj};
     float* outputs[] = {shared_.q.data(), shared_.k.data(), shared_.v.data()};
-    project(worker, inputs, 3, own.normed.data(), B, outputs);
+    const Weight* const o = &layer.o_proj;
+    project(worker, inputs, 3, own.normed.data(), B, outputs, false, first_read(worker, &o, 1));
     worker.sync();
     const CacheRow* caches = shared_.caches.data() + l * B;
     // Whole rows per worker: what one row's heads need is then on one core, and one barrier serves four small steps.
@@ -149,20 +150,38 @@ class CpuStepper final : public engine::Stepper {
     worker.sync();
     attention(worker, shape_, shared_.q.data(), caches, B, shared_.attended.data());
     worker.sync();
-    const Weight* o = &layer.o_proj;
     float* update = shared_.update.data();
-    project(worker, &o, 1, shared_.attended.data(), B, &update);
+    const void* next = steer_.first_read(worker, l, SteerPlace::kAttention, mlp_read(worker, l));
+    project(worker, &o, 1, shared_.attended.data(), B, &update, false, next);
     worker.sync();
   }
 
-  void feed_forward(const Worker& worker, const Worker& alone, const Layer& layer, int B, Private& own) {
+  void feed_forward(const Worker& worker, const Worker& alone, const Layer& layer, std::size_t l, int B, Private& own) {
     norm(alone, layer.mlp, B, own);
-    project_gated(worker, plan_.activation, layer.gate_proj, layer.up_proj, own.normed.data(), B, shared_.inner.data());
+    const Weight* const down = &layer.down_proj;
+    project_gated(worker, plan_.activation, layer.gate_proj, layer.up_proj, own.normed.data(), B, shared_.inner.data(),
+                  first_read(worker, &down, 1));
     worker.sync();
-    const Weight* down = &layer.down_proj;
     float* update = shared_.update.data();
-    project(worker, &down, 1, shared_.inner.data(), B, &update);
+    const void* next = steer_.first_read(worker, l, SteerPlace::kBlock, layer_read(worker, l + 1));
+    project(worker, &down, 1, shared_.inner.data(), B, &update, false, next);
     worker.sync();
+  }
+
+  // Where the worker begins to read in layer l, or in the head behind the last one.
+  const void* layer_read(const Worker& worker, std::size_t l) const {
+    if (l == plan_.layers.size()) {
+      const Weight* const head = &plan_.head;
+      return first_read(worker, &head, 1);
+    }
+    const Layer& layer = plan_.layers[l];
+    const Weight* const inputs[] = {&layer.q_proj, &layer.k_proj, &layer.v_proj};
+    return first_read(worker, inputs, 3);
+  }
+
+  const void* mlp_read(const Worker& worker, std::size_t l) const {
+    const Weight* const gate = &plan_.layers[l].gate_proj;
+    return first_read(worker, &gate, 1);
   }
 
   void norm(const Worker& alone, const Norm& norm, int B, Private& own) {

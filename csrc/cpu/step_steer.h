@@ -20,8 +20,12 @@ class StepSteering {
   // Which rows of the coming step share which adapter.
   void group(const std::vector<engine::StepRow>& rows);
 
-  // Steers `stream` [B][D], every worker's own copy of the same numbers. Workers meet inside.
-  void apply(const Worker& worker, std::size_t layer, SteerPlace place, float* stream);
+  // Steers `stream` [B][D], every worker's own copy of the same numbers. Workers meet inside. `next` is what the worker
+  // reads afterwards.
+  void apply(const Worker& worker, std::size_t layer, SteerPlace place, float* stream, const void* next);
+
+  // Where the worker begins to read in apply(), or `next` where it reads nothing.
+  const void* first_read(const Worker& worker, std::size_t layer, SteerPlace place, const void* next);
 
  private:
   struct Group {
@@ -37,17 +41,38 @@ class StepSteering {
 
   // Every worker's own. Products are there too, for parts so small that each worker computes them whole.
   struct Private {
-    AlignedFloats inputs, inner, activated, activated_row, products;
+    AlignedFloats inputs, products, spare;
+    int turn = 0;  // which of the shared products is written next
   };
 
-  void steer(const Worker& worker, const std::vector<Part>& parts, float* stream);
+  // How the pieces of all parts are dealt out: `nodes` sums of `pieces` pieces each, of which this worker computes
+  // [begin, end). One node: every worker computes it for itself, and they do not meet.
+  struct Division {
+    int nodes, pieces, begin, end;
+  };
+
+  // A part's products, and what memory is read where the worker's share of its matrices ends.
+  struct Job {
+    const Part* part;
+    Isa isa;
+    const float* inputs;  // [rows][D]
+    const void* end;
+    const void* next;
+  };
+
+  void gather(const std::vector<Group>& groups, std::size_t layer, SteerPlace place, std::vector<Part>& parts) const;
+  Division division(const Worker& worker, const std::vector<Part>& parts) const;
+  static const void* first_read(const Division& mine, const std::vector<Part>& parts, std::size_t part,
+                                const void* next);
+  void multiply(const Job& job, int first, int count, float* spare, float* out) const;
+  void steer(const Worker& worker, const std::vector<Part>& parts, float* stream, const void* next);
 
   const engine::Plan& plan_;
-  std::int64_t rank_ = 0;                  // the largest
+  const int nodes_;                        // sums that the workers leave
   std::vector<std::vector<Group>> turns_;  // the n-th adapters of all rows, which act before the next
   std::vector<std::vector<Part>> parts_;   // every worker's own
   std::vector<Private> private_;
-  AlignedFloats inner_, products_;    // shared: [B][R], [B][D]
+  AlignedFloats products_[2];  // shared: [nodes][B][D]
 };
 
 }  // namespace dive::cpu

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/decode_types.h"
 #include "cpu/isa.h"
 #include "cpu/steer.h"
 
@@ -17,13 +18,19 @@ struct RowPush {
   bool preserve_norm;
 };
 
-// out = phi(in); both hold a whole number of the widest vectors, of which n numbers matter.
-DIVE_DECLARE_VARIANTS(void activate_row(Activation activation, const float* in, std::int64_t n, float* out))
-
 // out = h / sqrt(mean(h^2) + 1e-12).
 DIVE_DECLARE_VARIANTS(void normalize_input_row(const float* h, std::int64_t size, float* out))
 
-// h becomes h', from the product of the two matrices; `product` is null where there are none.
-DIVE_DECLARE_VARIANTS(void push_row(const RowPush& push, const float* product, std::int64_t size, float* h))
+// out[i] = sum over r of phi(x[i] . down[r] + bias[r]) * up[:, r], for the ranks in blocks [begin, end) of R and the
+// `count` rows of x [count][D]; end > begin. `matrices` are stored as kRankBlock says. At the address `share_end` the
+// caller's share of them ends, and it reads from `next` on afterwards (null: it is not known).
+DIVE_DECLARE_VARIANTS(void push_products(const Weight& matrices, const float* bias, Activation activation,
+                                         std::int64_t begin, std::int64_t end, const float* x, int count, std::int64_t D, float* out,
+                                         const void* share_end, const void* next))
+
+// h becomes h', from the product of the two matrices, which is the sum of `count` <= 8 vectors, a power of two, pair by
+// pair. One that is null counts as zeros.
+DIVE_DECLARE_VARIANTS(void push_row(const RowPush& push, const float* const* products, int count, std::int64_t size,
+                                    float* h))
 
 }  // namespace dive::cpu

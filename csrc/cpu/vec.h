@@ -75,6 +75,8 @@ inline vf exp(vf x) {
   return select(x < splat(-87.3f), splat(0.0f), result);
 }
 
+inline vf sigmoid(vf x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
+
 inline float widen_bfloat16(std::uint16_t x) {
   const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;
   float value;

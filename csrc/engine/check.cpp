@@ -101,12 +101,13 @@ void steering(const std::string& name, const Plan& plan, const Steering& steerin
   const std::int64_t D = plan.hidden_size, R = steering.rank;
   in_range(name + "rank", R, 0, kMostSize);
   if (R > 0) {
-    matrix(name + "down", steering.down, R, D);
-    matrix(name + "up", steering.up, (D + cpu::kPanelColumns - 1) / cpu::kPanelColumns * R, cpu::kPanelColumns);
-    if (steering.up.scales != nullptr || steering.up.row_stride != cpu::kPanelColumns) {
-      refuse(name + "up", "is int8 or has gaps, expected panels one behind the other");
+    const std::int64_t padded = (D + cpu::kRankPanel - 1) / cpu::kRankPanel * cpu::kRankPanel;
+    matrix(name + "matrices", steering.matrices, 2 * R, padded);
+    if (steering.matrices.scales || steering.matrices.bias || steering.matrices.row_stride != padded) {
+      refuse(name + "matrices", "are int8, biased or have gaps, expected rows one behind the other");
     }
   }
+  vector(name + "bias", steering.bias, R);
   vector(name + "static", steering.static_push, D);
   vector(name + "gate_direction", steering.gate_direction, D);
   one_of(name + "activation", steering.activation, cpu::Activation::kTanh);

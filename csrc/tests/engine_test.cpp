@@ -89,12 +89,11 @@ class Memory {
     return weight;
   }
 
-  // An adapter's second matrix [D, R].
-  Weight panels(Random& random, std::int64_t D, std::int64_t R) {
-    constexpr std::int64_t kColumns = dive::cpu::kPanelColumns;
-    const std::int64_t rows = (D + kColumns - 1) / kColumns * R;
+  // An adapter's two matrices, without gaps.
+  Weight pair(Random& random, std::int64_t R, std::int64_t D) {
+    const std::int64_t padded = (D + dive::cpu::kRankPanel - 1) / dive::cpu::kRankPanel * dive::cpu::kRankPanel;
     const DType dtype = static_cast<DType>(random.below(3));
-    return {elements(random, rows * kColumns, dtype, 0.3f), dtype, nullptr, rows, kColumns, kColumns, nullptr};
+    return {elements(random, 2 * R * padded, dtype, 0.3f), dtype, nullptr, 2 * R, padded, padded, nullptr};
   }
 
  private:
@@ -169,8 +168,8 @@ struct Model {
     Steering steering;
     steering.rank = random.below(3) == 0 ? 0 : 1 + random.below(20);
     if (steering.rank) {
-      steering.down = memory.matrix(random, steering.rank, D, random.coin());
-      steering.up = memory.panels(random, D, steering.rank);
+      steering.matrices = memory.pair(random, steering.rank, D);
+      if (random.coin()) steering.bias = memory.vector(random, steering.rank, 0, 0.1f);
     }
     if (random.coin()) steering.static_push = memory.vector(random, D, 0, 0.2f);
     if (random.coin()) steering.gate_direction = memory.vector(random, D, 0, 0.5f);
@@ -487,12 +486,11 @@ void bad_plans_are_refused() {
   };
   bad_steering("number of layers", [](Plan& p, Steering&) { p.adapters[0].attention.pop_back(); });
   bad_steering("rank", [](Plan&, Steering& s) { s.rank = -1; });
-  bad_steering("down is [0, 0]", [](Plan&, Steering& s) { s.rank = 4; });
-  bad_steering("up", [](Plan& p, Steering& s) {
-    static const float ones[dive::cpu::kPanelColumns * 8] = {};
+  bad_steering("matrices is [0, 0]", [](Plan&, Steering& s) { s.rank = 4; });
+  bad_steering("gaps", [](Plan& p, Steering& s) {
     s.rank = 1;
-    s.down = {p.final_norm.weight, DType::kFloat32, nullptr, 1, p.hidden_size, p.hidden_size, nullptr};
-    s.up = {ones, DType::kFloat32, ones, (p.hidden_size + 63) / 64, 64, 64, nullptr};
+    const std::int64_t padded = (p.hidden_size + dive::cpu::kRankPanel - 1) / dive::cpu::kRankPanel * dive::cpu::kRankPanel;
+    s.matrices = {p.final_norm.weight, DType::kFloat32, nullptr, 2, padded, padded + 1, nullptr};
   });
   bad_steering("activation", [](Plan&, Steering& s) { s.activation = static_cast<dive::cpu::Activation>(5); });
   for (const auto& [rows, threads] : {std::pair{0, 1}, {65, 1}, {1, 0}, {1, -1}, {1, 1 << 20}}) {

@@ -21,7 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GATED_ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 ACTIVATIONS = ("silu", "identity", "relu", "gelu", "tanh")
 # csrc/cpu/decode_types.h
-PANEL_COLUMNS = 64
+RANK_BLOCK = 8
+RANK_PANEL = 16
 # Their frequencies are the same for every sequence length.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -298,14 +299,14 @@ class _Builder:
     def steering(self, parts: dict) -> dict:
         down, up, gate = parts.get("down"), parts.get("up"), parts.get("gate")
         rank, hidden = 0 if down is None else down.shape[0], self.hidden_size
-        matrices = {"down": _NO_WEIGHT, "up": _NO_WEIGHT}
+        matrices = {"matrices": _NO_WEIGHT, "bias": 0}
         if rank:
-            down, up = (self.adapter_matrix(x) for x in (down, up))
             if tuple(up.shape) != (hidden, rank):
                 raise Unsupported(f"an adapter has a matrix of {tuple(up.shape)}, expected {(hidden, rank)}")
-            matrices["down"] = self.weight(down, parts["bias"], (rank, hidden), "an adapter")
-            up = panels(up)
-            matrices["up"] = self.weight(up, None, tuple(up.shape), "an adapter")
+            pair = [_plain(x, "an adapter").to("cpu", torch.float32) for x in (down, up)]
+            pair = in_reading_order(*pair).to(self.adapter_dtype(pair))
+            matrices["matrices"] = self.weight(pair, None, tuple(pair.shape), "an adapter")
+            matrices["bias"] = 0 if parts["bias"] is None else self.vector(parts["bias"], rank, "an adapter's bias")
         static = parts["static"]
         return matrices | {
             "rank": rank,
@@ -318,22 +319,27 @@ class _Builder:
             "preserve_norm": parts["preserve_norm"],
         }
 
-    def adapter_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
+    def adapter_dtype(self, matrices: list[torch.Tensor]) -> torch.dtype:
         """float16 where the model's own matrices have half precision too (an adapter's bytes are its cost, and float16
         has more digits than bfloat16), unless numbers are too large or too small for that; float32 else."""
-        matrix = _plain(matrix, "an adapter").to("cpu", torch.float32).contiguous()
-        if self.cache_dtype == torch.float32:
-            return matrix
-        half = matrix.half()
-        error = (half.float() - matrix).abs().amax()
-        return half if error <= 2**-11 * matrix.abs().amax() else matrix
+
+        def fits(matrix: torch.Tensor) -> bool:
+            return bool((matrix.half().float() - matrix).abs().amax() <= 2**-11 * matrix.abs().amax())
+
+        half = self.cache_dtype != torch.float32 and all(map(fits, matrices))
+        return torch.float16 if half else torch.float32
 
 
-def panels(up: torch.Tensor) -> torch.Tensor:
-    """[D, R] -> [ceil(D / 64) R, 64]: what multiplies the r-th number for 64 rows is one row; zeros behind the last."""
-    rows, rank = up.shape
-    padded = torch.nn.functional.pad(up, (0, 0, 0, -rows % PANEL_COLUMNS))
-    return padded.view(-1, PANEL_COLUMNS, rank).transpose(1, 2).contiguous().view(-1, PANEL_COLUMNS)
+def in_reading_order(down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """[R, D] and [D, R] -> [2 R, D padded to whole panels]: for every block of ranks their rows of `down`, then their
+    columns of `up`, panel of rows by panel of rows. Whoever computes with some of the ranks reads one stretch of memory
+    from its beginning to its end."""
+    padding = (0, -down.shape[1] % RANK_PANEL)
+    down, up = (nn.functional.pad(matrix, padding) for matrix in (down, up.T))
+    halves = []
+    for rows, columns in zip(down.split(RANK_BLOCK), up.split(RANK_BLOCK), strict=True):
+        halves += [rows, columns.unflatten(1, (-1, RANK_PANEL)).transpose(0, 1).reshape(rows.shape)]
+    return torch.cat(halves)
 
 
 def _plain(values: torch.Tensor, where: str) -> torch.Tensor:
