@@ -1,0 +1,23 @@
+// What a test can set and ask of CUDA on the host.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda_runtime.h"
+
+// Starts the sequence that orders blocks and threads anew.
+void dive_host_cuda_seed(std::uint64_t seed);
+
+// Kernels run since the program began, those of graphs included, and calls of the API.
+std::uint64_t dive_host_cuda_launches();
+std::uint64_t dive_host_cuda_calls();
+
+// The device, to be changed at will: a smaller totalGlobalMem makes cudaMalloc fail sooner.
+cudaDeviceProp& dive_host_cuda_device();
+
+// 13000 at first; 0 is no driver at all.
+int& dive_host_cuda_driver_version();
+
+// Of device and pinned memory. What is live when the program ends is also listed on stderr.
+std::size_t dive_host_cuda_live_bytes();
