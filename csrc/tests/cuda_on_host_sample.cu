@@ -147,7 +147,8 @@ cudaError_t sum_rows(const float* x, float* sums, int rows, int columns, bool wi
   return launch(rows, kThreads, kShared, stream, kernel, x, sums, columns);
 }
 
-cudaError_t sum_all(const int* x, int* partial, unsigned* ticket, int* sum, int count, int blocks, cudaStream_t stream) {
+cudaError_t sum_all(const int* x, int* partial, unsigned* ticket, int* sum, int count, int blocks,
+                    cudaStream_t stream) {
   return launch(blocks, 64, 0, stream, sum_all_kernel, x, partial, ticket, sum, count);
 }
 

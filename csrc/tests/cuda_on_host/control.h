@@ -13,6 +13,11 @@ void dive_host_cuda_seed(std::uint64_t seed);
 std::uint64_t dive_host_cuda_launches();
 std::uint64_t dive_host_cuda_calls();
 
+// Makes one call fail: of those that begin after this one and free nothing, number `index`. So a test can walk through
+// every failure that a piece of code can meet, until an index is reached that dive_host_cuda_failed() denies.
+void dive_host_cuda_fail(std::uint64_t index, cudaError_t error);
+bool dive_host_cuda_failed();
+
 // The device, to be changed at will: a smaller totalGlobalMem makes cudaMalloc fail sooner.
 cudaDeviceProp& dive_host_cuda_device();
 

@@ -10,6 +10,9 @@ namespace {
 
 std::recursive_mutex mutex;
 std::uint64_t calls, launches;
+int depth;  // of calls within calls
+std::uint64_t until_failure;
+cudaError_t failure = cudaSuccess;  // what call number until_failure from now shall return
 thread_local cudaError_t last_error = cudaSuccess;
 int driver = 13000;
 constexpr int kRuntime = 13000;
@@ -54,11 +57,13 @@ std::size_t shared_limit(const void* kernel) {
 cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel) {
   const unsigned grid[3] = {config.gridDim.x, config.gridDim.y, config.gridDim.z};
   const unsigned block[3] = {config.blockDim.x, config.blockDim.y, config.blockDim.z};
+  const auto within = [](unsigned size, int limit) { return size > 0 && size <= static_cast<unsigned>(limit); };
   for (int i = 0; i < 3; ++i) {
-    if (grid[i] == 0 || grid[i] > static_cast<unsigned>(device.maxGridSize[i])) return cudaErrorInvalidConfiguration;
-    if (block[i] == 0 || block[i] > static_cast<unsigned>(device.maxThreadsDim[i])) return cudaErrorInvalidConfiguration;
+    if (!within(grid[i], device.maxGridSize[i])) return cudaErrorInvalidConfiguration;
+    if (!within(block[i], device.maxThreadsDim[i])) return cudaErrorInvalidConfiguration;
   }
-  if (std::uint64_t{block[0]} * block[1] * block[2] > 1024) return cudaErrorInvalidConfiguration;
+  const std::uint64_t threads = std::uint64_t{block[0]} * block[1] * block[2];
+  if (threads > static_cast<std::uint64_t>(device.maxThreadsPerBlock)) return cudaErrorInvalidConfiguration;
   if (config.dynamicSmemBytes > shared_limit(kernel)) return cudaErrorInvalidValue;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config.attrs[i];
@@ -73,7 +78,13 @@ cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel) {
 
 }  // namespace
 
-Call::Call() : lock_(mutex) { ++calls; }
+Call::Call() : lock_(mutex) { calls += depth++ == 0; }
+Call::~Call() { --depth; }
+
+cudaError_t Call::wanted_failure() const {
+  if (depth > 1 || failure == cudaSuccess || until_failure-- > 0) return cudaSuccess;
+  return std::exchange(failure, cudaSuccess);
+}
 
 cudaError_t report(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -81,7 +92,7 @@ cudaError_t report(cudaError_t error) {
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> thread) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (const cudaError_t error = check(config, kernel); error != cudaSuccess) return report(error);
   return report(enqueue(config.stream, cudaGraphNodeTypeKernel,
                         [grid = config.gridDim, block = config.blockDim, bytes = config.dynamicSmemBytes,
@@ -92,16 +103,17 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::fu
 }
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return report(cudaErrorInvalidValue);
-  if (value < 0 || static_cast<std::size_t>(value) > device.sharedMemPerBlockOptin) return report(cudaErrorInvalidValue);
+  const int most = static_cast<int>(device.sharedMemPerBlockOptin);
+  if (value < 0 || value > most) return report(cudaErrorInvalidValue);
   shared_limits()[kernel] = value;
   return cudaSuccess;
 }
 
 cudaError_t get_attributes(cudaFuncAttributes* attributes, const void* kernel) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   *attributes = {};
   attributes->maxThreadsPerBlock = 1024;
   attributes->maxDynamicSharedSizeBytes = static_cast<int>(shared_limit(kernel));
@@ -110,7 +122,7 @@ cudaError_t get_attributes(cudaFuncAttributes* attributes, const void* kernel) {
 
 // By threads and shared memory, of which each block takes 1 KiB more than it asks for. Registers are not known here.
 cudaError_t occupancy(int* blocks, const void* kernel, int block_size, std::size_t shared_bytes) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (block_size < 1 || block_size > 1024) return report(cudaErrorInvalidValue);
   *blocks = 0;
   if (shared_bytes > shared_limit(kernel)) return cudaSuccess;
@@ -128,6 +140,11 @@ void dive_host_cuda_seed(std::uint64_t value) {
   const Call call;
   seed(value);
 }
+void dive_host_cuda_fail(std::uint64_t index, cudaError_t error) {
+  until_failure = index;
+  failure = error;
+}
+bool dive_host_cuda_failed() { return failure == cudaSuccess; }
 std::uint64_t dive_host_cuda_launches() { return launches; }
 std::uint64_t dive_host_cuda_calls() { return calls; }
 cudaDeviceProp& dive_host_cuda_device() { return device; }
@@ -175,7 +192,8 @@ constexpr Text kTexts[] = {
 };
 
 const Text* text_of(cudaError_t error) {
-  const auto found = std::find_if(std::begin(kTexts), std::end(kTexts), [&](const Text& t) { return t.error == error; });
+  const auto named = [=](const Text& text) { return text.error == error; };
+  const auto found = std::find_if(std::begin(kTexts), std::end(kTexts), named);
   return found == std::end(kTexts) ? nullptr : found;
 }
 
@@ -195,37 +213,37 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   const cudaError_t error = present();
   *count = error == cudaSuccess;
   return report(error);
 }
 
 cudaError_t cudaGetDevice(int* index) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   *index = 0;
   return report(present());
 }
 
 cudaError_t cudaSetDevice(int index) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   return report(index == 0 ? present() : cudaErrorInvalidDevice);
 }
 
 cudaError_t cudaDeviceSynchronize() {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   return report(forbidden_by_capture() ? cudaErrorStreamCaptureUnsupported : cudaSuccess);
 }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (index != 0) return report(cudaErrorInvalidDevice);
   *properties = device;
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (index != 0) return report(cudaErrorInvalidDevice);
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock: *value = device.maxThreadsPerBlock; return cudaSuccess;
@@ -252,13 +270,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
 }
 
 cudaError_t cudaDriverGetVersion(int* version) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   *version = driver;
   return cudaSuccess;
 }
 
 cudaError_t cudaRuntimeGetVersion(int* version) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   *version = kRuntime;
   return cudaSuccess;
 }

@@ -10,7 +10,7 @@
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 // Blocks run one after the other, so one copy does. It keeps what the block before left in it; dynamic shared memory,
 // which is filled with NaN, shows more mistakes.
 #define __shared__ static

@@ -64,7 +64,7 @@ Allocations& allocations() {
 }
 
 cudaError_t allocate(void** pointer, std::size_t size, bool pinned) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (forbidden_by_capture()) return report(cudaErrorStreamCaptureUnsupported);
   *pointer = nullptr;
   if (size == 0) return cudaSuccess;
@@ -118,14 +118,14 @@ cudaError_t cudaMallocHost(void** pointer, std::size_t size, unsigned flags) {
 cudaError_t cudaFreeHost(void* pointer) { return release(pointer, true); }
 
 cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned flags) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (flags != 0 || !allocations().pinned(host)) return report(cudaErrorInvalidValue);
   *device = host;
   return cudaSuccess;
 }
 
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   const std::size_t used = allocations().bytes(false);
   *total = dive_host_cuda_device().totalGlobalMem;
   *free = used < *total ? *total - used : 0;
@@ -133,7 +133,7 @@ cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, std::size_t size, cudaMemcpyKind kind) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (forbidden_by_capture()) return report(cudaErrorStreamCaptureUnsupported);
   return cudaMemcpyAsync(to, from, size, kind, nullptr);
 }
@@ -144,7 +144,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t size, cudaMe
 
 cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch,
                               std::size_t width, std::size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (width == 0 || height == 0) return cudaSuccess;
   if (!to || !from || !valid(kind) || to_pitch < width || from_pitch < width) return report(cudaErrorInvalidValue);
   return report(enqueue(stream, cudaGraphNodeTypeMemcpy, [=] {
@@ -155,13 +155,13 @@ cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void* from, 
 }
 
 cudaError_t cudaMemset(void* to, int value, std::size_t size) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (forbidden_by_capture()) return report(cudaErrorStreamCaptureUnsupported);
   return cudaMemsetAsync(to, value, size, nullptr);
 }
 
 cudaError_t cudaMemsetAsync(void* to, int value, std::size_t size, cudaStream_t stream) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (size == 0) return cudaSuccess;
   if (!to) return report(cudaErrorInvalidValue);
   return report(enqueue(stream, cudaGraphNodeTypeMemset, [=] { std::memset(to, value, size); }));

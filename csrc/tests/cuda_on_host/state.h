@@ -8,14 +8,26 @@
 
 namespace dive_host_cuda {
 
-// One call of the API at a time; a kernel runs inside one. Recursive for host functions that call the API.
+// One call of the API at a time; a kernel runs inside one. Recursive, as some calls are made of others, which do not
+// count.
 class Call {
  public:
   Call();
+  ~Call();
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  // What a test wants this call to return, or cudaSuccess. For the outermost of calls that may fail.
+  cudaError_t wanted_failure() const;
 
  private:
   std::lock_guard<std::recursive_mutex> lock_;
 };
+
+// How a function of the API begins that a test can make fail: all but those that free something.
+#define DIVE_HOST_CUDA_CALL \
+  const Call call;          \
+  if (const cudaError_t wanted = call.wanted_failure(); wanted != cudaSuccess) return report(wanted)
 
 // Remembers an error for cudaGetLastError, and returns it.
 cudaError_t report(cudaError_t error);

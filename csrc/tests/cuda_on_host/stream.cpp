@@ -84,13 +84,15 @@ void run_conditional(const CUgraphNode_st& node) {
   }
   constexpr int kRounds = 1'000'000;
   for (int round = 0; value; ++round) {
-    if (round == kRounds) fail("a WHILE node of a graph", "its condition held a million times; no kernel seems to end it");
+    if (round == kRounds) fail("a WHILE node of a graph", "a million rounds, and no kernel ended it");
     run(*node.bodies[0]);
   }
 }
 
 void run(const CUgraph_st& graph) {
-  for (const auto& node : graph.nodes) node->type == cudaGraphNodeTypeConditional ? run_conditional(*node) : node->work();
+  for (const auto& node : graph.nodes) {
+    node->type == cudaGraphNodeTypeConditional ? run_conditional(*node) : node->work();
+  }
 }
 
 // An executable graph does not change with the one that it was made of.
@@ -151,7 +153,8 @@ cudaError_t enqueue(cudaStream_t stream, cudaGraphNodeType type, std::function<v
     return cudaSuccess;
   }
   if (stream->status == cudaStreamCaptureStatusInvalidated) return cudaErrorStreamCaptureInvalidated;
-  stream->graph->nodes.push_back(std::make_shared<CUgraphNode_st>(CUgraphNode_st{.type = type, .work = std::move(work)}));
+  CUgraphNode_st node{.type = type, .work = std::move(work)};
+  stream->graph->nodes.push_back(std::make_shared<CUgraphNode_st>(std::move(node)));
   return cudaSuccess;
 }
 
@@ -162,7 +165,7 @@ using namespace dive_host_cuda;
 cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (flags & ~cudaStreamNonBlocking) return report(cudaErrorInvalidValue);
   *stream = new CUstream_st{.blocking = !(flags & cudaStreamNonBlocking)};
   return cudaSuccess;
@@ -180,7 +183,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   const bool forbidden = is_default(stream) && forbidden_by_capture();
   if (!forbidden && !captures(stream)) return cudaSuccess;
   invalidate([=](cudaStream_t other) { return other == stream; });
@@ -190,20 +193,20 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (flags != 0) return report(cudaErrorInvalidValue);
   return report(event->captured && !captures(stream) ? cudaErrorNotSupported : cudaSuccess);
 }
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   return report(enqueue(stream, cudaGraphNodeTypeHost, [=] { function(data); }));
 }
 
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (flags & ~(cudaEventBlockingSync | cudaEventDisableTiming)) return report(cudaErrorInvalidValue);
   *event = new CUevent_st{.timed = !(flags & cudaEventDisableTiming), .recorded = false, .captured = false, .time = {}};
   return cudaSuccess;
@@ -216,7 +219,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   event->captured = captures(stream);
   event->recorded = true;
   event->time = std::chrono::steady_clock::now();
@@ -224,14 +227,14 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   return report(event->captured ? cudaErrorCapturedEvent : cudaSuccess);
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaEventSynchronize(event); }
 
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   for (const cudaEvent_t event : {start, end}) {
     if (!event->timed || !event->recorded) return report(cudaErrorInvalidResourceHandle);
     if (event->captured) return report(cudaErrorCapturedEvent);
@@ -241,21 +244,21 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEve
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (const cudaError_t error = check_capture(stream); error != cudaSuccess) return report(error);
   return begin_capture(stream, mode, new CUgraph_st, true);
 }
 
 cudaError_t cudaStreamBeginCaptureToGraph(cudaStream_t stream, cudaGraph_t graph, const cudaGraphNode_t*,
                                           const cudaGraphEdgeData*, std::size_t, cudaStreamCaptureMode mode) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (!graph) return report(cudaErrorInvalidValue);
   if (const cudaError_t error = check_capture(stream); error != cudaSuccess) return report(error);
   return begin_capture(stream, mode, graph, false);
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (!captures(stream)) return report(cudaErrorIllegalState);
   const bool valid = stream->status == cudaStreamCaptureStatusActive;
   end_capture(stream);
@@ -265,13 +268,13 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   *status = captures(stream) ? stream->status : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 
 cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned flags) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (flags != 0) return report(cudaErrorInvalidValue);
   *graph = new CUgraph_st;
   return cudaSuccess;
@@ -286,7 +289,7 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 }
 
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, std::size_t* count) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (!nodes) {
     *count = graph->nodes.size();
     return cudaSuccess;
@@ -298,7 +301,7 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, std::si
 
 cudaError_t cudaGraphConditionalHandleCreate(cudaGraphConditionalHandle* handle, cudaGraph_t graph,
                                              unsigned default_value, unsigned flags) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (!graph || flags & ~cudaGraphCondAssignDefault) return report(cudaErrorInvalidValue);
   *handle = conditions.size();
   conditions.push_back({graph, default_value, flags == cudaGraphCondAssignDefault, 0});
@@ -308,7 +311,7 @@ cudaError_t cudaGraphConditionalHandleCreate(cudaGraphConditionalHandle* handle,
 // Of the kinds of nodes, the one that no capture makes. The handle of a body's node is of the graph around it.
 cudaError_t cudaGraphAddNode(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t*, const cudaGraphEdgeData*,
                              std::size_t, cudaGraphNodeParams* params) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (!graph || !params) return report(cudaErrorInvalidValue);
   if (params->type != cudaGraphNodeTypeConditional) return report(cudaErrorNotSupported);
   cudaConditionalNodeParams& wanted = params->conditional;
@@ -333,20 +336,20 @@ cudaError_t cudaGraphAddNode(cudaGraphNode_t* node, cudaGraph_t graph, const cud
 }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (!graph || graph->is_body) return report(cudaErrorInvalidValue);
   *exec = new CUgraphExec_st{copy(*graph)};
   return cudaSuccess;
 }
 
 cudaError_t cudaGraphUpload(cudaGraphExec_t exec, cudaStream_t) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   return report(exec ? cudaSuccess : cudaErrorInvalidValue);
 }
 
 // In a stream that captures, the runtime would make a child graph.
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
-  const Call call;
+  DIVE_HOST_CUDA_CALL;
   if (!exec) return report(cudaErrorInvalidValue);
   if (captures(stream)) return report(cudaErrorStreamCaptureUnsupported);
   start_conditions(exec->graph);
