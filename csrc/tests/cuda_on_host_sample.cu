@@ -84,6 +84,19 @@ __global__ void warp_operations_kernel(int* out) {
   put(max(__popc(lane), __ffs(lane)));
 }
 
+__global__ void exchange_kernel(int* out, bool with_syncwarp) {
+  int* const mine = dynamic_shared_memory<int>();
+  mine[threadIdx.x] = threadIdx.x;
+  if (with_syncwarp) {
+    __syncwarp();
+  } else {
+    __shfl_sync(kAll, 0, 0);
+  }
+  out[threadIdx.x] = mine[threadIdx.x ^ 1];
+}
+
+__global__ void count_blocks_kernel(int* out) { out[blockIdx.x] = blockIdx.x == 0 ? 0 : out[blockIdx.x - 1] + 1; }
+
 __global__ void product_kernel(const std::uint16_t* a, const std::uint16_t* b, float* d, bool bf16) {
   const unsigned g = threadIdx.x / 4, t = threadIdx.x % 4;
   const auto pair = [](const std::uint16_t* x, unsigned i, unsigned j) {
@@ -154,6 +167,14 @@ cudaError_t sum_all(const int* x, int* partial, unsigned* ticket, int* sum, int 
 
 cudaError_t warp_operations(int* out, cudaStream_t stream) {
   return launch(1, 32, 0, stream, warp_operations_kernel, out);
+}
+
+cudaError_t exchange(int* out, bool with_syncwarp, cudaStream_t stream) {
+  return launch(1, 32, 32 * sizeof(int), stream, exchange_kernel, out, with_syncwarp);
+}
+
+cudaError_t count_blocks(int* out, int blocks, cudaStream_t stream) {
+  return launch(blocks, 1, 0, stream, count_blocks_kernel, out);
 }
 
 cudaError_t product(const std::uint16_t* a, const std::uint16_t* b, float* d, bool bf16, cudaStream_t stream) {

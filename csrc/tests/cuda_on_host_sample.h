@@ -17,6 +17,13 @@ cudaError_t sum_all(const int* x, int* partial, unsigned* ticket, int* sum, int 
 constexpr int kOperations = 12;
 cudaError_t warp_operations(int* out, cudaStream_t stream);
 
+// out[i] = i ^ 1 through shared memory, two neighbours of a warp meeting at __syncwarp or, which orders no memory, at a
+// shuffle.
+cudaError_t exchange(int* out, bool with_syncwarp, cudaStream_t stream);
+
+// out[b] = b, if blocks ran in the order of their numbers, which they need not.
+cudaError_t count_blocks(int* out, int blocks, cudaStream_t stream);
+
 // d [16, 8] += a [16, 16] b [16, 8] by one warp, row-major, a and b bfloat16 or else float16.
 cudaError_t product(const std::uint16_t* a, const std::uint16_t* b, float* d, bool bf16, cudaStream_t stream);
 

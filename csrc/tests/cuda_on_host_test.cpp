@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -94,6 +95,31 @@ void a_missing_barrier_is_seen() {
   }
   const int wrong = wrong_row_sums(false);
   expect(wrong > kSeeds, "a missing barrier gives wrong sums, and not " + std::to_string(wrong));
+}
+
+void a_shuffle_orders_no_memory() {
+  const auto exchange = [](bool with_syncwarp) {
+    const Device<int> out(32);
+    check(sample::exchange(out.get(), with_syncwarp, nullptr));
+    const std::vector<int> found = out.values();
+    for (int i = 0; i < 32; ++i) expect(found[i] == (i ^ 1), "the neighbour's number");
+  };
+  exchange(true);
+  if (kThreadSanitizer) expect_words(last_words([&] { exchange(false); }), "data race");
+}
+
+void a_dependence_on_the_order_of_blocks_is_seen() {
+  constexpr int kBlocks = 6;
+  std::vector<int> expected(kBlocks);
+  std::iota(expected.begin(), expected.end(), 0);
+  int wrong = 0;
+  for (int seed = 0; seed < kSeeds; ++seed) {
+    dive_host_cuda_seed(seed);
+    const Device<int> out(kBlocks);
+    check(sample::count_blocks(out.get(), kBlocks, nullptr));
+    wrong += out.values() != expected;
+  }
+  expect(wrong > kSeeds / 2, "blocks in any order");
 }
 
 void warp_operations_are_those_of_the_device() {
@@ -229,6 +255,8 @@ int main() {
   std::vector<Test> tests = {
       {"reductions do not depend on the order", reductions_do_not_depend_on_the_order},
       {"a missing barrier is seen", a_missing_barrier_is_seen},
+      {"a shuffle orders no memory", a_shuffle_orders_no_memory},
+      {"a dependence on the order of blocks is seen", a_dependence_on_the_order_of_blocks_is_seen},
       {"warp operations are those of the device", warp_operations_are_those_of_the_device},
       {"mma is a matrix product", mma_is_a_matrix_product},
       {"numbers are rounded as on the device", numbers_are_rounded_as_on_the_device},

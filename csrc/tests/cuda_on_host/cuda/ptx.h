@@ -21,25 +21,32 @@ inline std::uint32_t pack_f16(float lo, float hi) {
   return float_to_f16(lo) | static_cast<std::uint32_t>(float_to_f16(hi)) << 16;
 }
 
-// Every lane brings its registers, a pair to a word, and sums its own four elements.
+// Every lane brings its registers, and sums its own four elements.
 template <float (*to_float)(std::uint16_t)>
 void mma_on_host(dive_host_cuda::Place place, float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
   const auto word = [](std::uint32_t lo, std::uint32_t hi) { return std::uint64_t{hi} << 32 | lo; };
   const std::uint64_t words[3] = {word(a[0], a[1]), word(a[2], a[3]), word(b[0], b[1])};
   dive_host_cuda::gather(place, 0xffffffff, words, 3);
   const unsigned g = dive_host_cuda::lane() / 4, t = dive_host_cuda::lane() % 4;
-  // Columns 2 u, 2 u + 1 and then 2 u + 8, 2 u + 9 of A, rows of B, are in the lanes whose number ends in u.
-  const auto element = [](std::uint64_t word, unsigned reg, unsigned half) {
-    return to_float(static_cast<std::uint16_t>(word >> (32 * reg + 16 * half)));
+  const auto element = [](std::uint64_t word, unsigned quarter) {
+    return to_float(static_cast<std::uint16_t>(word >> 16 * quarter));
   };
-  for (unsigned k = 0; k < 16; ++k) {
-    const unsigned u = k % 8 / 2, half = k % 2, eighth = k / 8;
-    const std::uint64_t rows = dive_host_cuda::gathered(4 * g + u, static_cast<int>(eighth));
+  // Rows g and g + 8 of A, columns 2 t and 2 t + 1 of B. The lanes whose number ends in u hold what meets at 2 u,
+  // 2 u + 1, 2 u + 8 and 2 u + 9.
+  float rows[2][16], columns[2][16];
+  for (unsigned u = 0; u < 4; ++u) {
+    const std::uint64_t a_words[2] = {dive_host_cuda::gathered(4 * g + u, 0), dive_host_cuda::gathered(4 * g + u, 1)};
     for (unsigned j = 0; j < 2; ++j) {
-      const float y = element(dive_host_cuda::gathered(4 * (2 * t + j) + u, 2), eighth, half);
-      d[j] += element(rows, 0, half) * y;
-      d[2 + j] += element(rows, 1, half) * y;
+      const std::uint64_t b_word = dive_host_cuda::gathered(4 * (2 * t + j) + u, 2);
+      for (unsigned i = 0; i < 4; ++i) {
+        const unsigned k = 2 * u + i % 2 + i / 2 * 8;
+        rows[j][k] = element(a_words[i / 2], 2 * j + i % 2);
+        columns[j][k] = element(b_word, i);
+      }
     }
+  }
+  for (unsigned k = 0; k < 16; ++k) {
+    for (unsigned i = 0; i < 4; ++i) d[i] += rows[i / 2][k] * columns[i % 2][k];
   }
 }
 
