@@ -108,7 +108,7 @@ void resume(unsigned index, bool ends) {
 void leave(bool ends = false) {
   if (ready_count == 0) {
     if (exited == thread_count) switch_fibers(current->fiber, host, true);
-    fail(current->place, "every thread waits, and not all at the same place");
+    fail(ends ? Place("its end") : current->place, "every thread waits, and not all at the same place");
   }
   const unsigned choice = static_cast<unsigned>(random_below(ready_count));
   const unsigned index = ready[choice];

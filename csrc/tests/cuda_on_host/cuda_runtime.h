@@ -22,6 +22,8 @@
 //   - two memories: a host pointer given to a kernel works here and nowhere else;
 //   - registers, occupancy, alignment of shared memory beyond 128 bytes, __launch_bounds__, constant memory's size,
 //     the limit on static shared memory, which also keeps its contents from block to block;
+//   - a capture that forks to a second stream by events, memory nodes, SWITCH nodes, clusters, cooperative launches,
+//     warp operations on part of a warp, named barriers, float atomics;
 //   - contraction of a * b + c, approximate functions and subnormals as the device's compiler options treat them;
 //   - <<<>>>, which is not C++: launch by cudaLaunchKernelEx. `extern __shared__`: use dynamic_shared_memory (ptx.h).
 #pragma once
