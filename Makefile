@@ -42,7 +42,7 @@ sanitize: $(if $(shell command -v cmake),,$(STAMP)) ## run the engine's C++ test
 	  $(CMAKE) --build build/sanitize/$$kind --parallel $(CORES) >build/sanitize-$$kind.log \
 	  || { cat build/sanitize-$$kind.log; exit 1; }; \
 	  ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
-	  build/sanitize/$$kind/engine_test; \
+	  sh -ec 'for test in engine_test cuda_on_host_test; do "$$0/$$test"; done' build/sanitize/$$kind; \
 	done
 
 demo: $(STAMP) ## train and compare on the bundled model and reports (ARGS="--output DIR ...")

@@ -1,0 +1,48 @@
+// Runs the threads of a grid, and where they meet.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <source_location>
+
+#include "host_types.h"
+
+namespace dive_host_cuda {
+
+// Runs `thread` once for each thread of the grid. For one thread of the host at a time.
+void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread);
+
+// A number below `count` of the seeded sequence that orders everything.
+std::uint64_t random_below(std::uint64_t count);
+void seed(std::uint64_t value);
+
+// What device functions are made of.
+
+// A call in the kernel, by which meetings are told apart and messages name it.
+struct Place {
+  const char* what;
+  std::source_location where;
+  Place(const char* what, std::source_location where = {}) : what(what), where(where) {}
+};
+
+[[noreturn]] void fail(Place place, const char* message);
+
+// Lets other threads of the block go first, perhaps.
+void yield();
+
+// Waits for all threads of the block; the number of them for which `predicate` holds.
+unsigned barrier(Place place, bool predicate);
+
+// Waits for all lanes of the warp, each of which brings `count` words. Orders memory only where that is promised of
+// the device's counterpart, as it is of __syncwarp and not of a shuffle.
+constexpr int kGatherWords = 3;
+enum class Orders { kNothing, kMemory };
+void gather(Place place, unsigned mask, const std::uint64_t* words, int count, Orders orders = Orders::kNothing);
+
+// A word of a lane in this thread's last gather.
+std::uint64_t gathered(unsigned lane, int word = 0);
+
+unsigned lane();
+void* dynamic_shared_memory();
+
+}  // namespace dive_host_cuda
