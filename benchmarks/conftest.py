@@ -1,8 +1,10 @@
 """What every group of the suite shares: the scale, the results file and who may run where."""
 
 import os
+import time
 from pathlib import Path
 
+START = time.monotonic()
 # Before the first import of huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -10,6 +12,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks import machine, measure, results  # noqa: E402
+from benchmarks.gpu_findings import NO_TIME  # noqa: E402
 
 RECORDS = pytest.StashKey[list]()
 # Seconds; one measurement of the largest size, its float64 check included.
@@ -22,6 +25,7 @@ def pytest_addoption(parser):
         "--scale", choices=list(measure.SCALES), help="sizes and rounds; default: gpu where there is CUDA, else laptop"
     )
     group.addoption("--results", type=Path, metavar="FILE", help="also write compact results to this JSON file")
+    group.addoption("--deadline", type=float, metavar="SECONDS", help="begin nothing new after so long")
 
 
 def pytest_configure(config):
@@ -46,6 +50,13 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["dive_fast"] = machine.facts()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    deadline = item.config.option.deadline
+    if deadline is not None and time.monotonic() - START > deadline:
+        pytest.skip(NO_TIME)
+
+
 @pytest.fixture
 def scale(request) -> measure.Scale:
     """How long to measure."""
@@ -58,13 +69,11 @@ def keep_record(request):
     yield
     fixture = request.node.funcargs.get("benchmark")
     if fixture is not None and fixture.stats is not None:
-        request.config.stash[RECORDS].append(results.record(fixture))
-
-
-def pytest_sessionfinish(session):
-    path, records = session.config.option.results, session.config.stash[RECORDS]
-    if path is not None and records:
-        results.write(path, records, session.config.option.scale, machine.facts())
+        records, path = request.config.stash[RECORDS], request.config.option.results
+        records.append(results.record(fixture))
+        # Now rather than at the end: what runs next may take this process with it.
+        if path is not None:
+            results.write(path, records, request.config.option.scale, machine.facts())
 
 
 def pytest_terminal_summary(terminalreporter, config):
