@@ -15,6 +15,8 @@ from benchmarks import machine, measure, results  # noqa: E402
 from benchmarks.gpu_findings import NO_TIME  # noqa: E402
 
 RECORDS = pytest.StashKey[list]()
+# Seconds that must be left to begin a measurement, and one of something that compiles for a while first.
+LEAST_LEFT, LEAST_LEFT_COMPILING = 15.0, 60.0
 # Seconds; one measurement of the largest size, its float64 check included.
 TIMEOUT = 1800
 
@@ -25,7 +27,7 @@ def pytest_addoption(parser):
         "--scale", choices=list(measure.SCALES), help="sizes and rounds; default: gpu where there is CUDA, else laptop"
     )
     group.addoption("--results", type=Path, metavar="FILE", help="also write compact results to this JSON file")
-    group.addoption("--deadline", type=float, metavar="SECONDS", help="begin nothing new after so long")
+    group.addoption("--deadline", type=float, metavar="SECONDS", help="begin only what is likely to end by then")
 
 
 def pytest_configure(config):
@@ -41,9 +43,13 @@ def pytest_report_header(config):
 def pytest_collection_modifyitems(items):
     for item in items:
         item.add_marker(pytest.mark.timeout(TIMEOUT))
-        problem = getattr(item, "callspec", None) and item.callspec.params.get("problem")
-        if getattr(problem, "device", None) == "cuda":
-            item.add_marker(pytest.mark.benchmark(timer=measure.EventClock()))
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        device = getattr(parameters.get("problem"), "device", None) or parameters.get("device")
+        if device is not None:
+            # Only one mark counts, the first.
+            own = item.get_closest_marker("benchmark")
+            options = ({} if own is None else own.kwargs) | {"timer": measure.clock(device)}
+            item.add_marker(pytest.mark.benchmark(**options), append=False)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -53,7 +59,12 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     deadline = item.config.option.deadline
-    if deadline is not None and time.monotonic() - START > deadline:
+    if deadline is None:
+        return
+    chosen = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
+    compiles = getattr(chosen, "slow_start", False) or getattr(chosen, "compiles", False)
+    left = deadline - (time.monotonic() - START)
+    if left < (LEAST_LEFT_COMPILING if compiles or "ratios" in item.originalname else LEAST_LEFT):
         pytest.skip(NO_TIME)
 
 

@@ -77,6 +77,36 @@ def test_results_are_written_as_they_come(tmp_path):
     assert len(json.loads(results.read_text())["records"]) == 1
 
 
+@pytest.mark.parametrize("chosen", ["test_steer and float32 and reference", "test_loss and cpu and reference and mean"])
+def test_times_are_taken_by_the_clock_of_the_device(tmp_path, chosen):
+    """A GPU's clock that is not asked for leaves the host's, which sees launches alone."""
+    (tmp_path / "clocked.py").write_text(
+        "from benchmarks import measure\n"
+        "class Clock:\n"
+        "    __name__, now = 'a thousand seconds a reading', 0.0\n"
+        "    def __call__(self):\n"
+        "        Clock.now += 1000.0\n"
+        "        return Clock.now\n"
+        "measure.clock = lambda device: Clock()\n"
+    )
+    path, results = os.pathsep.join([str(ROOT), str(tmp_path)]), tmp_path / "results.json"
+    outcome = run_suite(
+        "--scale",
+        "smoke",
+        "-p",
+        "clocked",
+        "-k",
+        f"{chosen} and not ratios",
+        "--results",
+        str(results),
+        PYTHONPATH=path,
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    records = json.loads(results.read_text())["records"]
+    assert records and {record["seconds"]["median"] for record in records} == {1000.0}
+    assert all(record["group"].startswith(("steer-op", "loss ")) for record in records)
+
+
 def test_decoding_is_measured_at_smoke_scale(tmp_path):
     results = tmp_path / "results.json"
     chosen = "test_decode.py and (float32 or ratios or different or llama)"
