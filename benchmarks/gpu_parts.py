@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.gpu_process import until_interrupted
+
 ROOT = Path(__file__).parents[1]
-# Seconds before its end at which a group of benchmarks begins nothing new.
-LAST_BENCHMARK = 20.0
 # They provoke waiting on purpose or compile dozens of kernels, which takes minutes under the sanitizer.
 NOT_SANITIZED = "not nothing_waits"
 
@@ -25,7 +25,7 @@ class Part:
         kind: "build", "tests", "sanitizer", "floors" or "benchmark".
         seconds: the most it may take.
         quick: the same with --quick; None: it is left out there.
-        command: `{seconds}` in it stands for the seconds after which benchmarks begin nothing new.
+        command: `{seconds}` in it stands for the seconds after which it is interrupted.
         env: added to the environment.
         missing: why it cannot run on this machine, or None.
         xml, json: what the command writes: pytest's results, other figures.
@@ -45,7 +45,7 @@ class Part:
         return self.quick if quick and self.quick is not None else self.seconds
 
     def command_within(self, seconds: float) -> list[str]:
-        last = str(int(max(seconds - LAST_BENCHMARK, seconds / 2)))
+        last = f"{until_interrupted(seconds):.0f}"
         return [last if word == "{seconds}" else word for word in self.command]
 
 
@@ -83,12 +83,12 @@ def _others(facts: dict, folder: Path) -> list[Part]:
         tests("gpu tests", 90, 50, "-m", "gpu", "tests"),
         Part("floors", "floors", 60, 40, (sys.executable, "-m", "benchmarks.gpu_device", "floors", str(floors)),
              json=floors),
-        benchmark("loss ratios", 90, 60, "benchmarks/test_loss.py", "-k", "ratios"),
+        benchmark("loss ratios", 100, 75, "benchmarks/test_loss.py", "-k", "ratios"),
         benchmark("steer", 50, 45, "benchmarks/test_steer.py"),
-        benchmark("decode mistral", 120, 60, *decode_tests, "-k", "mistral"),
+        benchmark("decode mistral", 170, 60, *decode_tests, "-k", "mistral"),
         sanitizer("memcheck", NOT_SANITIZED, 60),
-        benchmark("decode qwen", 100, None, *decode_tests, "-k", "qwen"),
-        benchmark("decode gemma", 100, None, *decode_tests, "-k", "gemma"),
+        benchmark("decode qwen", 140, None, *decode_tests, "-k", "qwen"),
+        benchmark("decode gemma", 140, None, *decode_tests, "-k", "gemma"),
         # cuBLAS and Triton have their own ways to order accesses, which racecheck does not know; ours are these.
         sanitizer("racecheck", f"(native or engine or cuda_step) and {NOT_SANITIZED}", 60),
         # Not marked gpu, since without one they run in Triton's interpreter.

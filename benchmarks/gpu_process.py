@@ -75,7 +75,7 @@ def run(
         )
         overran = False
         try:
-            process.wait(max(seconds - grace, seconds / 2))
+            process.wait(until_interrupted(seconds, grace))
         except subprocess.TimeoutExpired:
             overran = True
         finally:
@@ -84,6 +84,11 @@ def run(
         written.seek(begin)
         output = written.read().decode(errors="replace")
     return Outcome(process.returncode, time.monotonic() - start, overran, output)
+
+
+def until_interrupted(seconds: float, grace: float = GRACE) -> float:
+    """When a program that has `seconds` is interrupted, so that it has some of them to end by itself."""
+    return max(seconds - grace, seconds / 2)
 
 
 def _end(process: subprocess.Popen, grace: float) -> None:
