@@ -16,6 +16,9 @@ from transformers import (
     Qwen2Config,
 )
 
+# No token ends a row, whatever random weights come upon.
+_ENDLESS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
 
 def _mistral_7b() -> MistralConfig:
     return MistralConfig(
@@ -31,6 +34,7 @@ def _mistral_7b() -> MistralConfig:
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         sliding_window=None,
         tie_word_embeddings=False,
+        **_ENDLESS,
     )
 
 
@@ -45,6 +49,7 @@ def _qwen2_5_7b() -> Qwen2Config:
         max_position_embeddings=32768,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=False,
+        **_ENDLESS,
     )
 
 
@@ -62,6 +67,7 @@ def _gemma3_4b() -> Gemma3TextConfig:
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
+        **_ENDLESS,
     )
 
 

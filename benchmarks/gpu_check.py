@@ -181,7 +181,7 @@ class Check:
             except KeyboardInterrupt:
                 self.interrupted = True
         failed = self._failures()
-        self.check["verdict"] = f"Failed: {', '.join(failed)}" if failed else "All is well"
+        self.check["verdict"] = self._verdict(failed)
         self._save()
         print(f"\n{gpu_summary.summary(self.results)}\ngpu-check: results in {self.path}")
         return FAILED if failed else ALL_WELL
@@ -222,6 +222,13 @@ class Check:
         if "floors" in found:
             self.check["floors"] = found.pop("floors")
         self.check["parts"].append(found)
+
+    def _verdict(self, failed: list[str]) -> str:
+        if failed:
+            return f"Failed: {', '.join(failed)}"
+        open_ends = [part["name"] for part in self.check["parts"] if part["status"] == "unfinished"]
+        open_ends += [name for name, _ in self.check["not_run"]]
+        return f"Nothing failed; not finished: {', '.join(open_ends)}" if open_ends else "All is well"
 
     def _failures(self) -> list[str]:
         failed = [part["name"] for part in self.check["parts"] if part["status"] == "failed"]

@@ -56,7 +56,7 @@ def judge(part: Part, outcome: Outcome) -> dict:
     """What goes into the results for a part that has run.
 
     Returns:
-        "status": "passed", "failed" or "unfinished" (not a fault: the time was too short), "why" if not passed, and
+        "status": "passed", "failed" or "unfinished" (not shown to be at fault), "why" if not passed, and
         the counts of `read_junit` where pytest wrote some, "errors" and "summary" of a sanitizer, "records" of a
         benchmark, the floors and the "machine".
     """
@@ -99,6 +99,8 @@ def _verdict(part: Part, outcome: Outcome, found: dict, counts: dict | None) -> 
         return "failed", "no test passed"
     if part.kind == "floors" and "floors" not in found:
         return "failed", f"it measured nothing; last line: {last}"
+    if part.kind == "benchmark" and not found.get("records"):
+        return "unfinished", "nothing was measured"
     return "passed", ""
 
 

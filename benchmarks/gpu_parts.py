@@ -57,7 +57,9 @@ def parts(facts: dict, nvcc: str, folder: Path) -> list[Part]:
 def _others(facts: dict, folder: Path) -> list[Part]:
     def tests(name: str, seconds: float, quick: float | None, *arguments: str) -> Part:
         xml = folder / f"{name.replace(' ', '-')}.xml"
-        return Part(name, "tests", seconds, quick, (*PYTEST, "-v", f"--junitxml={xml}", *arguments), xml=xml)
+        # Without the extension some files cannot be imported; the others' tests count all the same.
+        options = ("-v", "--continue-on-collection-errors", f"--junitxml={xml}")
+        return Part(name, "tests", seconds, quick, (*PYTEST, *options, *arguments), xml=xml)
 
     def benchmark(name: str, seconds: float, quick: float | None, *arguments: str) -> Part:
         stem = folder / name.replace(" ", "-")
@@ -86,11 +88,11 @@ def _others(facts: dict, folder: Path) -> list[Part]:
         benchmark("loss ratios", 100, 75, "benchmarks/test_loss.py", "-k", "ratios"),
         benchmark("steer", 50, 45, "benchmarks/test_steer.py"),
         benchmark("decode mistral", 170, 60, *decode_tests, "-k", "mistral"),
-        sanitizer("memcheck", NOT_SANITIZED, 60),
+        sanitizer("memcheck", NOT_SANITIZED, 90),
         benchmark("decode qwen", 140, None, *decode_tests, "-k", "qwen"),
         benchmark("decode gemma", 140, None, *decode_tests, "-k", "gemma"),
         # cuBLAS and Triton have their own ways to order accesses, which racecheck does not know; ours are these.
-        sanitizer("racecheck", f"(native or engine or cuda_step) and {NOT_SANITIZED}", 60),
+        sanitizer("racecheck", f"(native or engine or cuda_step) and {NOT_SANITIZED}", 90),
         # Not marked gpu, since without one they run in Triton's interpreter.
         tests("kernel tests", 240, None, *KERNEL_TESTS, *(("-n", "8") if facts["xdist"] else ())),
         benchmark("loss", 300, None, "benchmarks/test_loss.py::test_loss", "-k", "T4096 and valid30"),

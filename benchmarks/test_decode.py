@@ -217,6 +217,9 @@ def skip_if_missing(problem: Problem, implementation: Implementation, steering: 
 
 def made_and_checked(problem: Problem, implementation: Implementation, steering: Steering):
     """(the decoding, its errors); what torch cannot compile and what does not fit in the GPU is skipped."""
+    gc.collect()  # the last one's cache, which a model's cycles keep
+    if implementation.compiles:
+        torch.compiler.reset()
     try:
         decoding = implementation.make(problem, steering)
         return decoding, check(decoding, implementation.approximate, problem, steering)

@@ -148,7 +148,7 @@ def test_what_there_was_no_time_for_is_listed(tmp_path, nvcc, monkeypatch):
     status, results, page = check(tmp_path, machine, "--only", "gpu tests,floors,steer")
     assert ["steer", "3 s were left"] in results["check"]["not_run"] and "- steer: 3 s were left" in page
     # Measuring less is no fault; not testing is.
-    assert status == 0
+    assert status == 0 and results["check"]["verdict"] == "Nothing failed; not finished: floors, steer"
     machine.commands.clear()
     monkeypatch.setattr(gpu_process.Deadline, "left", lambda self: 3.0)
     assert gpu_check.main(["--out", str(tmp_path / "again"), "--only", "gpu tests"], run=machine) == 1
@@ -301,7 +301,7 @@ SKIPPED = '<testsuite><testcase classname="t" name="a"><skipped message="no CUDA
         ("tests", "<testsuite><testca", Outcome(0, 5, False, "ok"), "failed", "pytest wrote no results"),
         ("tests", PASSED, Outcome(-9, 60, True, "test_a.py::test_hang"), "failed", "ended after 60 s; last line: t"),
         ("benchmark", PASSED, Outcome(-9, 60, True, "x"), "failed", "ended after 60 s"),
-        ("benchmark", SKIPPED, Outcome(0, 5, False, "1 skipped"), "passed", None),
+        ("benchmark", SKIPPED, Outcome(0, 5, False, "1 skipped"), "unfinished", "nothing was measured"),
         ("floors", None, Outcome(0, 5, False, ""), "failed", "it measured nothing"),
         ("build", None, Outcome(1, 5, False, "nvcc fatal"), "failed", "exit status 1; last line: nvcc fatal"),
         ("sanitizer", None, Outcome(0, 5, False, "========= ERROR SUMMARY: 0 errors"), "passed", None),
