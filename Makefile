@@ -10,20 +10,21 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 CORES ?= $(shell nproc 2>/dev/null || echo 2)
 
-# Extra options for every pip install, for pytest, and for the demo.
+# Extra options for every pip install, for pytest, for the demo, and for gpu-check.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 ARGS ?= --output demo-output
+CHECK_ARGS ?=
 
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt Makefile $(shell find csrc -type f -not -path 'csrc/tests/*')
 PYTHON_IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 VENV_IS_WHOLE := import importlib.metadata as m; m.version("pip")
 
 .DEFAULT_GOAL := help
-.PHONY: help install test sanitize demo lint clean distclean
+.PHONY: help install test sanitize gpu-check demo lint clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with the pinned packages, the package itself (editable) and its extension
 
@@ -44,6 +45,11 @@ sanitize: $(if $(shell command -v cmake),,$(STAMP)) ## run the engine's C++ test
 	  ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
 	  sh -ec 'for test in engine_test cuda_on_host_test; do "$$0/$$test"; done' build/sanitize/$$kind; \
 	done
+
+# On a machine with a GPU its owner's torch is the one to check: the Python that is named, else .venv's where there is one.
+gpu-check: ## build, test and measure on this machine's GPU in nine minutes (PYTHON=python3 CHECK_ARGS="--quick")
+	@$(if $(filter command line,$(origin PYTHON)),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON))) \
+	-m benchmarks.gpu_check $(CHECK_ARGS)
 
 demo: $(STAMP) ## train and compare on the bundled model and reports (ARGS="--output DIR ...")
 	$(BIN)/dive-fast demo $(ARGS)

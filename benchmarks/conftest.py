@@ -1,8 +1,10 @@
 """What every group of the suite shares: the scale, the results file and who may run where."""
 
 import os
+import time
 from pathlib import Path
 
+START = time.monotonic()
 # Before the first import of huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -10,8 +12,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks import machine, measure, results  # noqa: E402
+from benchmarks.gpu_findings import NO_TIME  # noqa: E402
 
 RECORDS = pytest.StashKey[list]()
+# Seconds that must be left to begin a measurement, and one of something that compiles for a while first.
+LEAST_LEFT, LEAST_LEFT_COMPILING = 15.0, 60.0
 # Seconds; one measurement of the largest size, its float64 check included.
 TIMEOUT = 1800
 
@@ -22,6 +27,7 @@ def pytest_addoption(parser):
         "--scale", choices=list(measure.SCALES), help="sizes and rounds; default: gpu where there is CUDA, else laptop"
     )
     group.addoption("--results", type=Path, metavar="FILE", help="also write compact results to this JSON file")
+    group.addoption("--deadline", type=float, metavar="SECONDS", help="begin only what is likely to end by then")
 
 
 def pytest_configure(config):
@@ -37,13 +43,29 @@ def pytest_report_header(config):
 def pytest_collection_modifyitems(items):
     for item in items:
         item.add_marker(pytest.mark.timeout(TIMEOUT))
-        problem = getattr(item, "callspec", None) and item.callspec.params.get("problem")
-        if getattr(problem, "device", None) == "cuda":
-            item.add_marker(pytest.mark.benchmark(timer=measure.EventClock()))
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        device = getattr(parameters.get("problem"), "device", None) or parameters.get("device")
+        if device is not None:
+            # Only one mark counts, the first.
+            own = item.get_closest_marker("benchmark")
+            options = ({} if own is None else own.kwargs) | {"timer": measure.clock(device)}
+            item.add_marker(pytest.mark.benchmark(**options), append=False)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["dive_fast"] = machine.facts()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    deadline = item.config.option.deadline
+    if deadline is None:
+        return
+    chosen = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
+    compiles = getattr(chosen, "slow_start", False) or getattr(chosen, "compiles", False)
+    left = deadline - (time.monotonic() - START)
+    if left < (LEAST_LEFT_COMPILING if compiles or "ratios" in item.originalname else LEAST_LEFT):
+        pytest.skip(NO_TIME)
 
 
 @pytest.fixture
@@ -58,13 +80,11 @@ def keep_record(request):
     yield
     fixture = request.node.funcargs.get("benchmark")
     if fixture is not None and fixture.stats is not None:
-        request.config.stash[RECORDS].append(results.record(fixture))
-
-
-def pytest_sessionfinish(session):
-    path, records = session.config.option.results, session.config.stash[RECORDS]
-    if path is not None and records:
-        results.write(path, records, session.config.option.scale, machine.facts())
+        records, path = request.config.stash[RECORDS], request.config.option.results
+        records.append(results.record(fixture))
+        # Now rather than at the end: what runs next may take this process with it.
+        if path is not None:
+            results.write(path, records, request.config.option.scale, machine.facts())
 
 
 def pytest_terminal_summary(terminalreporter, config):

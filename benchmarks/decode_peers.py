@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import dive_fast
 from benchmarks.decode_problems import (
@@ -25,7 +25,7 @@ from benchmarks.decode_problems import (
     weight_bytes,
 )
 from dive_fast.decode.native import NativeDecoder
-from dive_fast.decode.plan import DTYPES
+from dive_fast.decode.plan import DTYPES, Unsupported
 from dive_fast.models.prefix import run_prefix
 
 GREEDY = {
@@ -125,7 +125,7 @@ class Transformers:
         self.extra = {} if self.names is None else {"adapter_names": self.names}
         # The adapters' scope is the response, so that they leave the prompt alone.
         head = {name: value[:, :-1] for name, value in self.batch.items()}
-        self.prefix = run_prefix(base_model(problem.backbone, problem.dtype), head)
+        self.prefix = run_prefix(base_model(problem), head)
         self.weights = weight_bytes(self.model)
         self.adapters = sum(p.nbytes for name, p in self.model.named_parameters() if "dive_" in name)
         self.cache = cache_bytes(problem, problem.dtype.itemsize)
@@ -150,6 +150,21 @@ class Transformers:
 
     def logits(self, forced: torch.Tensor) -> torch.Tensor:
         return one_pass(self.model, self.names, self.problem, forced)
+
+
+class StaticTransformers(Transformers):
+    """The same on a static cache, with which transformers compiles the steps by itself on a GPU."""
+
+    def __init__(self, problem: Problem, steering: Steering):
+        super().__init__(problem, steering)
+        # One for all rounds: graphs are captured with its addresses.
+        self.static = StaticCache(config=self.model.config, max_cache_len=problem.prompt_tokens + problem.new_tokens)
+
+    def prepare(self) -> None:
+        self.static.reset()
+        for layer, (keys, values) in enumerate(self.prefix.layers):
+            self.static.update(keys, values, layer)
+        self.past = self.static
 
 
 class LlamaCpp:
@@ -210,12 +225,31 @@ class Implementation(NamedTuple):
         make: (problem, steering) -> a decoding.
         missing: (problem, steering) -> why it cannot run there, or None.
         approximate: it does not compute with the weights of the problem, so it has a tolerance of its own.
+        compiles: by torch, where what fails is a reason to leave it out and not an error.
     """
 
     name: str
     make: Callable[[Problem, Steering], object]
     missing: Callable[[Problem, Steering], str | None] = lambda problem, steering: None
     approximate: bool = False
+    compiles: bool = False
+
+
+def refused(problem: Problem, steering: Steering) -> str | None:
+    """Why the engine does not take a model on a GPU, in its own words. On the CPU it takes all that is measured."""
+    if problem.device == "cpu":
+        return None
+    try:
+        NativeDecoder(*make_model(problem, steering))
+    except Unsupported as reason:
+        return f"engine='native' refuses: {reason}"
+    return None
+
+
+def _static_missing(problem: Problem, steering: Steering) -> str | None:
+    if steering.kind is not None:
+        return "PEFT's hooks do not go into its graphs"
+    return None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
 
 
 def _llama_cpp_missing(problem: Problem, steering: Steering) -> str | None:
@@ -229,7 +263,8 @@ def _llama_cpp_missing(problem: Problem, steering: Steering) -> str | None:
     return None
 
 
-OURS = Implementation("dive_fast", Native)
+OURS = Implementation("dive_fast", Native, refused)
 OURS_INT8 = Implementation("dive_fast int8", partial(Native, weights="int8"), approximate=True)
 TRANSFORMERS = Implementation("transformers", Transformers)
+STATIC = Implementation("transformers static compiled", StaticTransformers, _static_missing, compiles=True)
 LLAMA_CPP = Implementation("llama.cpp Q4_1", LlamaCpp, _llama_cpp_missing, approximate=True)

@@ -11,6 +11,7 @@ import peft
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.decode_models import CONFIGS, random_model
 from dive_fast import DiveConfig, native
 from dive_fast.models.backbone import load_backbone
 from dive_fast.models.spec import text_config_of
@@ -19,7 +20,9 @@ from dive_fast.models.tiny import tiny_llama
 # Of an adapter's matrices and of its vectors and numbers: the push is felt, and thirty in a row do not drive the model
 # out of its range.
 MATRIX_SPREAD, VECTOR_SPREAD = 0.02, 0.3
-CHECKED_TOKENS = 16
+# Rows: of a large batch some, since all of a 7-billion model's in float32 take longer than what is measured.
+CHECKED_TOKENS, CHECKED_ROWS = 16, 8
+COPY_BYTES = 2 * 2**30  # of each of the two buffers: 40 times an H100's L2 cache
 # Relative to the largest logit, as in tests/test_engine.py.
 FLOAT32_TOLERANCE, NEAR_TIE = 1e-4, 1e-5
 # How far the largest of two sets of errors of one kind may lie apart.
@@ -33,7 +36,7 @@ class Problem:
     """A backbone that continues B prompts; it never ends a row by itself.
 
     Attributes:
-        backbone: "smollm2" (a 135M model of 30 layers) or "tiny" (random, 2 layers).
+        backbone: "smollm2" (a 135M model of 30 layers), "tiny" (random, 2 layers) or one of `CONFIGS` (random, large).
         dtype: of weights and cache.
     """
 
@@ -66,17 +69,25 @@ class Steering:
 UNSTEERED = Steering()
 
 
+def base_model(problem: Problem) -> PreTrainedModel:
+    """The frozen model, without an end of sequence; kept until there are two others."""
+    return _base_model(problem.backbone, problem.dtype, problem.device)
+
+
 @functools.lru_cache(maxsize=2)
-def base_model(backbone: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The frozen model, without an end of sequence."""
-    model = tiny_llama().to(dtype) if backbone == "tiny" else load_backbone(backbone, dtype=dtype)[0]
+def _base_model(backbone: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    if backbone in CONFIGS:
+        model = random_model(backbone, dtype, device)
+    else:
+        model = tiny_llama().to(dtype) if backbone == "tiny" else load_backbone(backbone, dtype=dtype)[0]
+        model = model.to(device)
     model.generation_config.eos_token_id = None
     return model
 
 
 def make_model(problem: Problem, steering: Steering):
     """(the model with its adapters, the adapters' names by row or None); all such models share the frozen weights."""
-    base = base_model(problem.backbone, problem.dtype)
+    base = base_model(problem)
     model = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
     if steering.kind is None:
         return model, None
@@ -91,24 +102,27 @@ def make_model(problem: Problem, steering: Steering):
         for name, parameter in model.named_parameters():
             if "dive_" in name:
                 spread = MATRIX_SPREAD if parameter.dim() > 1 else VECTOR_SPREAD
-                parameter.add_(torch.randn(parameter.shape) * spread)
+                parameter.add_((torch.randn(parameter.shape) * spread).to(parameter.device))
     return model.eval(), names if steering.different else None
 
 
 def prompts(problem: Problem) -> dict[str, torch.Tensor]:
     """Random tokens, of one length: what they say does not change the work."""
-    vocabulary = text_config_of(base_model(problem.backbone, problem.dtype)).vocab_size
+    vocabulary = text_config_of(base_model(problem)).vocab_size
     shape = (problem.rows, problem.prompt_tokens)
-    ids = torch.randint(3, vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(problem.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def cache_bytes(problem: Problem, itemsize: int) -> int:
     """Keys and values that one step reads, in the middle of the run."""
-    text = text_config_of(base_model(problem.backbone, problem.dtype))
+    text = text_config_of(base_model(problem))
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    position = text.num_hidden_layers * 2 * text.num_key_value_heads * head_size * itemsize
-    return int(problem.rows * position * (problem.prompt_tokens + (problem.new_tokens - 1) / 2))
+    position = 2 * text.num_key_value_heads * head_size * itemsize
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    before = problem.prompt_tokens + (problem.new_tokens - 1) / 2
+    seen = [min(text.sliding_window, before) if kind == "sliding_attention" else before for kind in kinds]
+    return int(problem.rows * position * sum(seen))
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -127,7 +141,7 @@ class ReadLimit:
 
     def __init__(self, problem: Problem, weights: int, step: int):
         self.bytes = problem.new_tokens * step
-        self.kept = sorted(base_model(problem.backbone, problem.dtype).parameters(), key=torch.Tensor.data_ptr)
+        self.kept = sorted(base_model(problem).parameters(), key=torch.Tensor.data_ptr)
         self.address = self.kept[0].data_ptr()
         self.size = self.kept[-1].data_ptr() + self.kept[-1].nbytes - self.address
         if abs(self.size / weights - 1) > 0.01:
@@ -141,14 +155,35 @@ class ReadLimit:
             self.cpu.decode.read_memory(self.address, min(self.size, self.bytes - start), self.level, self.threads)
 
 
+class CopyLimit:
+    """Moving as many bytes on a GPU as a decoding run must read, N times a step's, by copies that read and write half.
+
+    Reading alone is a little faster than that; a copy is what a GPU's bandwidth is usually measured by.
+    """
+
+    def __init__(self, problem: Problem, step: int):
+        self.half = problem.new_tokens * step // 2
+        self.source = torch.ones(min(self.half, COPY_BYTES), dtype=torch.uint8, device=problem.device)
+        self.target = torch.empty_like(self.source)
+
+    def __call__(self) -> None:
+        for start in range(0, self.half, len(self.source)):
+            count = min(len(self.source), self.half - start)
+            self.target[:count].copy_(self.source[:count])
+
+
 @torch.no_grad()
 def one_pass(model, names, problem: Problem, forced: torch.Tensor) -> torch.Tensor:
-    """transformers' logits [B, N, V] of the steps that take the tokens `forced`: one pass without a cache."""
-    ids = torch.cat([prompts(problem)["input_ids"], forced[:, :-1]], dim=1)
-    more = {} if names is None else {"adapter_names": names}
+    """transformers' logits [B, N, V] of the steps that take the tokens `forced`: one pass without a cache.
+
+    With tokens of fewer rows than the problem's, of the first ones.
+    """
+    rows = len(forced)
+    ids = torch.cat([prompts(problem)["input_ids"][:rows], forced[:, :-1].to(problem.device)], dim=1)
+    more = {} if names is None else {"adapter_names": names[:rows]}
     if hasattr(model, "peft_config"):
-        positions = torch.arange(ids.shape[1]) >= problem.prompt_tokens - 1
-        more["response_positions"] = positions.expand(problem.rows, -1)
+        positions = torch.arange(ids.shape[1], device=problem.device) >= problem.prompt_tokens - 1
+        more["response_positions"] = positions.expand(rows, -1)
     return model(input_ids=ids, use_cache=False, logits_to_keep=forced.shape[1], **more).logits
 
 
@@ -170,7 +205,7 @@ class Errors:
 
 def errors(logits: torch.Tensor, exact: torch.Tensor, taken: torch.Tensor) -> Errors:
     """Of logits [B, N, V] at the tokens that were taken, [B, N]."""
-    scale = exact.abs().max()
+    logits, taken, scale = logits.to(exact.device), taken.to(exact.device), exact.abs().max()
     difference = (logits.double() - exact).abs()
     p, q = exact.log_softmax(-1), logits.double().log_softmax(-1)
     short = exact.amax(-1) - exact.gather(-1, taken[..., None]).squeeze(-1)
@@ -182,15 +217,22 @@ def errors(logits: torch.Tensor, exact: torch.Tensor, taken: torch.Tensor) -> Er
     )
 
 
+def _precise(model: torch.nn.Module, problem: Problem) -> torch.nn.Module:
+    """In float64; of large models in float32, which fits beside them, and is half-precision's truth as well."""
+    large = problem.backbone in CONFIGS and problem.dtype != torch.float32
+    return model.float() if large else model.double()
+
+
 def check(decoding, approximate: bool, problem: Problem, steering: Steering) -> Errors:
     """The errors of what is about to be timed; written so that NaN fails."""
     decoding.prepare()
     tokens = torch.tensor(decoding())
     assert tokens.shape == (problem.rows, problem.new_tokens), f"tokens {tuple(tokens.shape)}"
-    taken = tokens[:, :CHECKED_TOKENS]
+    forced = tokens[:, :CHECKED_TOKENS]
+    taken = forced[:CHECKED_ROWS]
     model, names = make_model(problem, steering)
-    exact = one_pass(copy.deepcopy(model).double(), names, problem, taken)
-    found = errors(decoding.logits(taken), exact, taken)
+    exact = one_pass(_precise(copy.deepcopy(model), problem), names, problem, taken).double()
+    found = errors(decoding.logits(forced)[:CHECKED_ROWS], exact, taken)
     if approximate:
         assert found.kl <= APPROXIMATE_TOLERANCE, f"wrong by {found.kl:.2g} nats"
     elif problem.dtype == torch.float32:

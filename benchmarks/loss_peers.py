@@ -254,6 +254,12 @@ def no_compiler(device: str) -> str | None:
     return package("triton", "pip install triton")(device) if device == "cuda" else None
 
 
+def torch_missing(device: str) -> str | None:
+    """F.linear_cross_entropy and its options came after torch 2.11."""
+    found = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
+    return None if found else f"torch {torch.__version__} has no F.linear_cross_entropy with options (2.13 has)"
+
+
 def cut_missing(device: str) -> str | None:
     return cut_package(device) or no_compiler(device)
 
@@ -289,17 +295,17 @@ PEERS = (
     Implementation("eager", lambda: eager_in_dtype, anywhere, unfit=eager_unfit),
     Implementation("eager valid rows", lambda: compacted, anywhere),
     Implementation("torch.compile", make_compiled, no_compiler, slow_start=True),
-    Implementation("F.linear_cross_entropy", make_torch_chunked(), anywhere),
+    Implementation("F.linear_cross_entropy", make_torch_chunked(), torch_missing),
     Implementation(
         "F.linear_cross_entropy auto chunks",
         make_torch_chunked(chunking_method="auto"),
-        anywhere,
+        torch_missing,
         unfit=automatic_unfit,
     ),
     Implementation(
         f"F.linear_cross_entropy chunks of {CHUNK_ROWS}",
         make_torch_chunked(chunking_method=None, batch_chunk_size=CHUNK_ROWS),
-        anywhere,
+        torch_missing,
     ),
     Implementation("Liger", make_liger, package("liger_kernel", BENCH, cuda=TRITON_KERNELS)),
     Implementation("Cut Cross-Entropy torch_compile", make_cut(impl="torch_compile"), cut_missing, slow_start=True),

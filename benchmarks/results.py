@@ -1,6 +1,7 @@
 """Compact results: one record per measured thing, for tables and plots."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,9 @@ def record(benchmark) -> dict:
 
 
 def write(path: Path, records: Sequence[dict], scale: str, machine: dict[str, str]) -> None:
-    """Writes {"scale", "machine", "records"} as JSON."""
+    """Writes {"scale", "machine", "records"} as JSON, in place of a file that is there at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"scale": scale, "machine": machine, "records": list(records)}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, path)

@@ -5,6 +5,8 @@ A step is forward, backward and an AdamW update of the adapter, over one batch o
 B reports, P prompt tokens, R report tokens, D hidden size, r adapter rank.
 """
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,8 +15,8 @@ import peft
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, MistralConfig
 
+from benchmarks.decode_models import CONFIGS, random_model
 from dive_fast import DiveConfig, ops
 from dive_fast.data.collator import ReportCollator
 from dive_fast.data.encoding import ReportEncoder
@@ -35,7 +37,7 @@ class Problem:
     """A backbone and a batch.
 
     Attributes:
-        backbone: "smollm2" (a 135M model of 30 layers), "mistral-7b" (its shapes, random weights) or "tiny".
+        backbone: "smollm2" (a 135M model of 30 layers), "tiny", or one of `CONFIGS` (its shapes, random weights).
         reports: B.
         prompt_tokens: 0 takes Open-i's own prompts; otherwise their words are repeated to about so many tokens.
         dtype: of the backbone; adapters are float32.
@@ -57,9 +59,10 @@ def load(problem: Problem):
     if problem.backbone == "tiny":
         model, tokenizer = tiny_llama(), tiny_tokenizer()
         records = [Record(f"r{i}", f"case {i}", "the lungs are clear .") for i in range(problem.reports)]
-    elif problem.backbone == "mistral-7b":
-        with torch.device(problem.device):
-            model = AutoModelForCausalLM.from_config(MistralConfig(), dtype=problem.dtype)
+    elif problem.backbone in CONFIGS:
+        base = _large_model(problem)
+        # The steps that take turns share the frozen weights: a GPU holds them once.
+        model = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
         tokenizer = tiny_tokenizer()
         records = [Record(f"r{i}", f"case {i}", "the lungs are clear . " * 20) for i in range(problem.reports)]
     else:
@@ -70,6 +73,11 @@ def load(problem: Problem):
     if problem.prompt_tokens:
         records = [_with_long_prompt(record, encoder, problem.prompt_tokens) for record in records]
     return model, encoder, records
+
+
+@functools.lru_cache(maxsize=1)
+def _large_model(problem: Problem):
+    return random_model(problem.backbone, problem.dtype, problem.device)
 
 
 def _with_long_prompt(record: Record, encoder: ReportEncoder, tokens: int) -> Record:

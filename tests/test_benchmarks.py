@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
 
 from benchmarks import loss_peers, measure  # noqa: E402
+from benchmarks.gpu_findings import NO_TIME  # noqa: E402
 from benchmarks.loss_problems import TOLERANCES, Problem, errors, prepare, step  # noqa: E402
 from dive_fast.ops.linear_cross_entropy import spec  # noqa: E402
 
@@ -29,9 +30,9 @@ def problem(kind: str, dtype: torch.dtype) -> Problem:
     return Problem(spec.Case(kind, 24, 16, 72, dtype, ignored=0.4, **KINDS[kind]), "cpu")
 
 
-def run_suite(*arguments: str) -> subprocess.CompletedProcess:
+def run_suite(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     # Triton's interpreter is for tests; a benchmark measures compiled kernels.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
@@ -56,6 +57,54 @@ def test_the_gpu_part_says_that_it_is_skipped():
     outcome = run_suite("--scale", "gpu")
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     assert " skipped" in outcome.stdout and " passed" not in outcome.stdout and "no CUDA device" in outcome.stdout
+
+
+def test_what_is_left_when_the_time_is_up_says_so():
+    outcome = run_suite("--scale", "smoke", "--deadline", "0", "-k", "test_steer and float32")
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert NO_TIME in outcome.stdout and " passed" not in outcome.stdout
+
+
+def test_results_are_written_as_they_come(tmp_path):
+    """So that a benchmark that takes its process with it costs no figures but its own."""
+    plugin = tmp_path / "dies.py"
+    plugin.write_text("import os\ndef pytest_runtest_teardown(item, nextitem):\n    if nextitem is None: os._exit(7)\n")
+    results = tmp_path / "results.json"
+    chosen = "test_steer and float32 and reference"
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    outcome = run_suite("--scale", "smoke", "-p", "dies", "-k", chosen, "--results", str(results), PYTHONPATH=path)
+    assert outcome.returncode == 7
+    assert len(json.loads(results.read_text())["records"]) == 1
+
+
+@pytest.mark.parametrize("chosen", ["test_steer and float32 and reference", "test_loss and cpu and reference and mean"])
+def test_times_are_taken_by_the_clock_of_the_device(tmp_path, chosen):
+    """A GPU's clock that is not asked for leaves the host's, which sees launches alone."""
+    (tmp_path / "clocked.py").write_text(
+        "from benchmarks import measure\n"
+        "class Clock:\n"
+        "    __name__, now = 'a thousand seconds a reading', 0.0\n"
+        "    def __call__(self):\n"
+        "        Clock.now += 1000.0\n"
+        "        return Clock.now\n"
+        "measure.clock = lambda device: Clock()\n"
+    )
+    path, results = os.pathsep.join([str(ROOT), str(tmp_path)]), tmp_path / "results.json"
+    outcome = run_suite(
+        "--scale",
+        "smoke",
+        "-p",
+        "clocked",
+        "-k",
+        f"{chosen} and not ratios",
+        "--results",
+        str(results),
+        PYTHONPATH=path,
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    records = json.loads(results.read_text())["records"]
+    assert records and {record["seconds"]["median"] for record in records} == {1000.0}
+    assert all(record["group"].startswith(("steer-op", "loss ")) for record in records)
 
 
 def test_decoding_is_measured_at_smoke_scale(tmp_path):
