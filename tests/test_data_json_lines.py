@@ -195,7 +195,8 @@ def test_to_records_refuses(dataset, message):
 
 def test_load_data_by_name(folder):
     assert load_data("json_lines", path=write(folder, ROWS))[1].id == "b"
-    assert set(DATA_SETS) == {"open_i", "json_lines", "films", "generated_films"}
+    own_files = {"open_i", "iu_kaggle", "iu_r2gen", "mimic_cxr", "chexpert_plus", "padchest"}
+    assert set(DATA_SETS) == own_files | {"json_lines", "hub", "films", "generated_films"}
     with pytest.raises(InputError, match="got 'openi'. Did you mean 'open_i'"):
         load_data("openi")
     with pytest.raises(InputError, match="json_lines.*its options are path, report"):

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from dive_fast.data.images import StoredImage, open_bytes
 from dive_fast.data.prompt import FINDINGS_REQUEST, collapse, compose_prompt
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
@@ -127,10 +128,8 @@ def _image(where: str, item, root: Path | None):
     if isinstance(item, Mapping) and item.keys() == {"bytes", "path"}:
         if item["bytes"] is None:
             return _image(where, item["path"], root)
-        from dive_fast.data.images import open_bytes
-
         return open_bytes(item["bytes"], record_id=where)
-    if hasattr(item, "convert") and hasattr(item, "size"):
+    if isinstance(item, StoredImage) or (hasattr(item, "convert") and hasattr(item, "size")):
         return item
     raise InputError(f"{where}: an image must be a path or a PIL image, got {type(item).__name__}")
 
