@@ -25,7 +25,7 @@ class LoadCounts:
 
     def __str__(self) -> str:
         """One line: "1,234 records with 1,300 images; left out: 12 without a findings section"."""
-        text = f"{self.records:,} records" + (f" with {self.images:,} images" if self.images else "")
+        text = _many(self.records, "record") + (f" with {_many(self.images, 'image')}" if self.images else "")
         for heading, counter in (("left out", self.dropped), ("also", self.notes)):
             if counter:
                 text += f"; {heading}: " + ", ".join(f"{n:,} {reason}" for reason, n in counter.most_common())
@@ -34,6 +34,10 @@ class LoadCounts:
     def as_dict(self) -> dict:
         """The same as plain dicts and numbers, for JSON."""
         return {**asdict(self), "dropped": dict(self.dropped), "notes": dict(self.notes)}
+
+
+def _many(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
 class Records(list[Record]):

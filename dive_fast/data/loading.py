@@ -52,13 +52,11 @@ class Views:
         items = [] if chosen is None else [chosen] if isinstance(chosen, str) else list(chosen)
         self.wanted = chosen is not None
         self._all = "all" in items
-        if self._all or items == []:
-            items = list(groups)
         order: list[str] = []
-        for item in items:
+        for item in groups if self._all else items or [None] * self.wanted:
             if not isinstance(item, str) or (item not in groups and item.upper() not in known):
                 options = ", ".join([*groups, "all", *filter(None, known.values())])
-                raise InputError(f"views: expected None for no images, or some of {options}, got {item!r}")
+                raise InputError(f"views: expected None for no images, or some of {options}, got {chosen!r}")
             order += groups.get(item, (item,))
         self._rank = {name.upper(): rank for rank, name in reversed(list(enumerate(order)))}
 
