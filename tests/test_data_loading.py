@@ -71,9 +71,9 @@ def test_a_wrong_folder_is_told_before_all_is_read(tmp_path):
 )
 def test_views(chosen, most, shown):
     films = [("L", "a"), ("ap", "b"), ("PA", "c"), ("PA", "d"), ("", "e")]
-    views = Views(chosen, GROUPS, ("",))
+    views = Views(chosen, GROUPS, ("",), most)
     assert views.wanted == (chosen is not None)
-    assert ([path for _, path in views.choose(films, most)] if views.wanted else []) == shown
+    assert ([path for _, path in views.choose(films)] if views.wanted else []) == shown
 
 
 def test_records_with_counts_are_a_list():

@@ -290,6 +290,8 @@ def test_missing_reports(root):
         ({"target": "report"}, ["target: expected one of findings, impression, conclusion, got 'report'"]),
         ({"check_images": "all"}, ["check_images: expected one of exists, ends, decode"]),
         ({"limit": 0}, ["limit: expected a positive number"]),
+        ({"limit": "5"}, ["limit: expected a positive number, or None for all, got '5'"]),
+        ({"max_images": 0}, ["max_images: expected a positive number"]),
         ({"views": [3]}, ["views", "got [3]"]),
         ({"views": []}, ["views: expected None for no images", "got []"]),
         ({"split": "test"}, ["expected at least one record, got 0 records; left out: 1 without a text in findings"]),

@@ -15,6 +15,7 @@ from dive_fast.data.images import load_image
 from dive_fast.data.iu_kaggle import load_iu_kaggle
 from dive_fast.data.iu_r2gen import load_iu_r2gen
 from dive_fast.data.json_lines import check_records, load_json_lines, rows_to_records
+from dive_fast.data.loading import check_count
 from dive_fast.data.mimic_cxr import load_mimic_cxr
 from dive_fast.data.open_i import load_open_i
 from dive_fast.data.padchest import load_padchest
@@ -71,8 +72,7 @@ def load_data(name: str, *, limit: int | None = None, **options) -> Sequence[Rec
         hint = f" Did you mean {near[0]!r}?" if near else ""
         known = f"one of {', '.join(DATA_SETS)}, or a .jsonl, .json or .csv file"
         raise InputError(f"data set: expected {known}, got {name!r}.{hint}")
-    if limit is not None and limit < 1:
-        raise InputError(f"data.limit: expected a positive number of records, or null for all, got {limit}")
+    check_count("limit", limit)
     loader = DATA_SETS[name]
     signature = inspect.signature(loader)
     # A loader with a limit of its own stops reading there.

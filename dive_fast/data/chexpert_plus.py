@@ -67,7 +67,7 @@ def load_chexpert_plus(
     """
     split = check_split(split, SPLITS)
     check_choice("target", target, TARGETS)
-    choice = Views(views, VIEW_GROUPS, ())
+    choice = Views(views, VIEW_GROUPS, (), max_images)
     loading = Loading(
         f"chexpert_plus at {root}", limit=limit, skip_missing_images=skip_missing_images, check_images=check_images
     )
@@ -76,7 +76,7 @@ def load_chexpert_plus(
     for study_id, study in _studies(table, split, f"section_{target}", loading).items():
         if loading.full:
             break
-        shown = choice.choose(study.films, max_images)
+        shown = choice.choose(study.films)
         if choice.wanted and not shown:
             loading.drop("without a film of the views asked for")
             continue

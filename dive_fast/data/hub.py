@@ -7,6 +7,7 @@ from pathlib import Path
 from dive_fast.data.counts import LoadCounts, Records
 from dive_fast.data.images import StoredImage
 from dive_fast.data.json_lines import rows_to_records
+from dive_fast.data.loading import check_count
 from dive_fast.errors import InputError
 
 INSTALL = "pip install 'dive_fast[datasets]'"
@@ -39,8 +40,7 @@ def load_hub(
         InputError: the package `datasets` is missing, no such folder or hub id, no such split, or whatever
             `load_json_lines` refuses in a row.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit: expected a positive number of records, or None for all, got {limit}")
+    check_count("limit", limit)
     dataset = _load(path, configuration, split)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))

@@ -57,7 +57,7 @@ def load_iu_kaggle(
     """
     split = check_split(split, SPLITS)
     check_choice("target", target, TARGETS)
-    choice = Views(views, VIEW_GROUPS, ())
+    choice = Views(views, VIEW_GROUPS, (), max_images)
     loading = Loading(
         f"iu_kaggle at {root}", limit=limit, skip_missing_images=skip_missing_images, check_images=check_images
     )
@@ -74,7 +74,7 @@ def load_iu_kaggle(
         if loading.full or split not in (None, split_of.get(study_id)):
             continue
         said, text = cell_text(said), cell_text(text)
-        shown = choice.choose(films.get(uid, ()), max_images)
+        shown = choice.choose(films.get(uid, ()))
         if not text:
             loading.drop(f"without a text in {target}")
             continue

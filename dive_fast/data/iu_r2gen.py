@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dive_fast.data.counts import Records
-from dive_fast.data.loading import Loading, check_split
+from dive_fast.data.loading import Loading, check_count, check_split
 from dive_fast.data.prompt import FINDINGS_REQUEST, collapse
 from dive_fast.data.record import Record
 from dive_fast.data.tables import find_file
@@ -50,6 +50,7 @@ def load_iu_r2gen(
             be skipped, no record at all.
     """
     split = check_split(split, SPLITS)
+    check_count("max_images", max_images)
     loading = Loading(
         f"iu_r2gen at {root}", limit=limit, skip_missing_images=skip_missing_images, check_images=check_images
     )

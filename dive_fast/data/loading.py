@@ -35,6 +35,13 @@ def check_split(split: str | None, names: Sequence[str]) -> str | None:
     return check_choice("split", split, names, " or None for all")
 
 
+def check_count(argument: str, value: int | None) -> int | None:
+    """`value`, which must be a number of 1 or more, or None for all; InputError otherwise."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InputError(f"{argument}: expected a positive number, or None for all, got {value!r}")
+    return value
+
+
 class Views:
     """Which views of a study are shown, and in which order.
 
@@ -42,12 +49,20 @@ class Views:
         chosen: "frontal", "lateral", "all", None (no images), or a list of these and of the data set's own names.
         groups: group -> the names in it, the preferred first; what "all" adds comes after them, in the file's order.
         others: further names that the data set has.
+        most: at most so many images of a study; None: all.
 
     Raises:
-        InputError: a name that is neither a group nor one of the data set's.
+        InputError: a name that is neither a group nor one of the data set's; a `most` (max_images) below 1.
     """
 
-    def __init__(self, chosen: str | Sequence[str] | None, groups: Mapping[str, Sequence[str]], others: Sequence[str]):
+    def __init__(
+        self,
+        chosen: str | Sequence[str] | None,
+        groups: Mapping[str, Sequence[str]],
+        others: Sequence[str] = (),
+        most: int | None = None,
+    ):
+        self._most = check_count("max_images", most)
         known = {name.upper(): name for names in (*groups.values(), others) for name in names}
         items = [] if chosen is None else [chosen] if isinstance(chosen, str) else list(chosen)
         self.wanted = chosen is not None
@@ -60,11 +75,11 @@ class Views:
             order += groups.get(item, (item,))
         self._rank = {name.upper(): rank for rank, name in reversed(list(enumerate(order)))}
 
-    def choose(self, images: Iterable[tuple[str, str]], most: int | None = None) -> list[tuple[str, str]]:
-        """The (view, path) pairs to show, the preferred views first, at most `most`."""
+    def choose(self, images: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The (view, path) pairs to show, the preferred views first."""
         ranked = [(self._rank.get(view.upper(), len(self._rank)), view, path) for view, path in images]
         kept = [item for item in ranked if self._all or item[0] < len(self._rank)]
-        return [item[1:] for item in sorted(kept, key=lambda item: item[0])][:most]
+        return [item[1:] for item in sorted(kept, key=lambda item: item[0])][: self._most]
 
 
 class Loading:
@@ -83,8 +98,7 @@ class Loading:
     """
 
     def __init__(self, source: str, *, limit: int | None, skip_missing_images: bool, check_images: str):
-        if limit is not None and limit < 1:
-            raise InputError(f"limit: expected a positive number of records, or None for all, got {limit}")
+        check_count("limit", limit)
         check_choice("check_images", check_images, IMAGE_CHECKS)
         self.source, self.limit = source, limit
         self.skip, self.check = skip_missing_images, check_images

@@ -75,7 +75,7 @@ def load_mimic_cxr(
     """
     split = check_split(split, SPLITS)
     check_choice("target", target, TARGETS)
-    choice = Views(views, VIEW_GROUPS, OTHER_VIEWS)
+    choice = Views(views, VIEW_GROUPS, OTHER_VIEWS, max_images)
     loading = Loading(
         f"mimic_cxr at {root}", limit=limit, skip_missing_images=skip_missing_images, check_images=check_images
     )
@@ -85,7 +85,7 @@ def load_mimic_cxr(
         if loading.full:
             break
         folder = f"files/p{study.subject[:2]}/p{study.subject}/{study_id}"
-        shown = choice.choose(study.films, max_images)
+        shown = choice.choose(study.films)
         if choice.wanted and not shown:
             loading.drop("without a film of the views asked for")
             continue

@@ -75,7 +75,7 @@ def load_padchest(
     """
     split = check_split(split, SPLITS)
     check_choice("target", target, TARGETS)
-    choice = Views(views, VIEW_GROUPS, OTHER_VIEWS)
+    choice = Views(views, VIEW_GROUPS, OTHER_VIEWS, max_images)
     if root is None and (table is None or choice.wanted):
         raise InputError("root: expected the folder with PadChest's films; only `table=` with `views=None` needs none")
     loading = Loading(
@@ -84,7 +84,7 @@ def load_padchest(
     for study_id, study in _studies(_table(root, table), split, loading).items():
         if loading.full:
             break
-        shown = choice.choose(study.films, max_images)
+        shown = choice.choose(study.films)
         if choice.wanted and not shown:
             loading.drop("without a film of the views asked for")
             continue
