@@ -169,7 +169,8 @@ def _short(text: str) -> str:
 
 def _show_leaks(console, leaks: Sequence[Mapping]) -> None:
     if not leaks:
-        console.print("Leakage: there is one part only; load all (no split), or give another one with --against")
+        hint = "Leakage: there is one part only; load all (no split), or give another one with --against"
+        console.print(hint, soft_wrap=True)
     if any(leak["patients"] is None for leak in leaks):
         console.print("Leakage of patients cannot be told: not every record names its patient")
     for leak in leaks:
