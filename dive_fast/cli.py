@@ -5,6 +5,7 @@ that may not be used), 130 Ctrl-C.
 """
 
 import argparse
+import importlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -61,13 +62,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _command(name: str):
-    """The function of `cli_commands` that runs a command; imported when it is called."""
+def _command(name: str, module: str = "dive_fast.cli_commands"):
+    """The function that runs a command; its module is imported when it is called."""
 
     def run(args: argparse.Namespace) -> int:
-        from dive_fast import cli_commands
-
-        return getattr(cli_commands, name)(args)
+        return getattr(importlib.import_module(module), name)(args)
 
     return run
 
@@ -96,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", nargs=0, action=_Version, help="show the version and leave")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_train, _generate, _evaluate, _tag, _demo, _report, _doctor):
+    for add in (_data, _train, _generate, _evaluate, _tag, _demo, _report, _doctor):
         add(commands)
     return parser
 
@@ -111,6 +110,40 @@ def _add(commands, name: str, summary: str, description: str, examples: str) -> 
     )
     parser.set_defaults(run=_command(name), parser=parser)
     return parser
+
+
+def _data(commands) -> None:
+    about = "look at a data set before anything is trained on it"
+    examples = "  dive-fast data inspect open_i\n  dive-fast data inspect --help"
+    actions = _add(commands, "data", about, about.capitalize() + ".", examples).add_subparsers(
+        title="actions", metavar="ACTION", required=True
+    )
+    parser = _add(
+        actions,
+        "inspect",
+        "show a data set's counts, lengths, decisive words, samples and leaks",
+        "Show what a data set holds: records and what was left out and why, lengths, how often each class of\n"
+        "decisive words occurs, some samples, and what leaks between its parts: the same patient, report or image.",
+        "  dive-fast data inspect open_i --tokenizer smollm2\n"
+        "  dive-fast data inspect mimic_cxr --root /data/mimic-cxr-jpg reports_root=/data/mimic-cxr target=impression\n"
+        "  dive-fast data inspect chexpert_plus --root /data/chexpert_plus skip_missing_images=true --json\n"
+        "  dive-fast data inspect train.jsonl --against test.jsonl",
+    )
+    parser.set_defaults(run=_command("inspect_command", "dive_fast.cli_data"))
+    parser.add_argument("data", metavar="NAME | FILE", help="a data set's name, or a .jsonl, .json or .csv file")
+    parser.add_argument("items", nargs="*", metavar="key=value", help="further options of the data set")
+    parser.add_argument("--root", metavar="DIR", help="the data set's folder")
+    parser.add_argument("--split", metavar="PART", help="only this part; default: all, to see leaks between them")
+    parser.add_argument("--against", metavar="NAME | FILE", help="held-out data to compare with, for leaks")
+    parser.add_argument("--tokenizer", "--model", metavar="M", help="count tokens: smollm2, a folder or a hub id")
+    parser.add_argument("--lexicon", metavar="YAML", help="another lexicon; default: chest findings")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N records")
+    parser.add_argument(
+        "--sample", type=int, default=2000, metavar="N", help="records per part to measure (default 2000)"
+    )
+    parser.add_argument("--samples", type=int, default=3, metavar="N", help="records per part to show (default 3)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawing (default 0)")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
 
 
 def _train(commands) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from dive_fast import cli_files as files
+from dive_fast.cli_data import load_counted
 from dive_fast.errors import InputError
 
 RUN_FILE, SETUP_FILE = "run.yaml", "dive_setup.json"
@@ -43,8 +44,8 @@ def train(args: Namespace) -> int:
     first = training.process_index == 0
     if first:
         _check_emptiness(output, args.resume)
-    records = config.load_records(run.data)
-    held_out = None if run.eval_data is None else config.load_records(run.eval_data)
+    records = load_counted(run.data, quiet=not first)
+    held_out = None if run.eval_data is None else load_counted(run.eval_data, quiet=not first)
     model, processor = _backbone(run.model, run.dtype)
     if first:
         print(f"Training on {len(records)} records of {run.data['name']} with {run.model}; all goes to {output}")
@@ -163,7 +164,7 @@ def generate(args: Namespace) -> int:
         raise InputError(f"--batch-size: expected a positive number, got {args.batch_size}")
     output = files.new_file(args.output, args.overwrite)
     limit = [] if args.limit is None else [f"limit={args.limit}"]
-    records = config.load_records(config.data_with_options(args.data, [*args.items, *limit]))
+    records = load_counted(config.data_with_options(args.data, [*args.items, *limit]))
     model, processor = _steered_model(args)
     count = files.write_rows(
         output, _predictions(args, model, processor, records), total=len(records) * args.num_return_sequences

@@ -180,9 +180,16 @@ def _check_data(value: Any, key: str, places: _Places) -> dict[str, Any]:
     value = check_type(data_section(value), dict[str, Any], places[key])
     if not isinstance(value.get("name"), str):
         raise InputError(f"{places[key]}: expected the data set's name, such as name: open_i, got {describe(value)}")
-    if "limit" in value:
-        value["limit"] = check_type(value["limit"], int | None, places[f"{key}.limit"])
-    return value
+    hints = {**_loader_hints(value["name"]), "limit": int | None}
+    # An option that the loader does not have is its own error, which lists those it has.
+    return {name: check_type(v, hints.get(name, Any), places[f"{key}.{name}"]) for name, v in value.items()}
+
+
+def _loader_hints(name: str) -> dict[str, Any]:
+    """Types of a data set's options; of an unknown data set none are known, and loading it says so."""
+    from dive_fast.data import DATA_SETS
+
+    return typing.get_type_hints(DATA_SETS[name]) if name in DATA_SETS else {}
 
 
 def data_section(value: Any) -> Any:
@@ -202,15 +209,11 @@ def data_with_options(name_or_path: str, options: Sequence[str]) -> dict[str, An
     return _check_data(values["data"], "data", _Places(places, None))
 
 
-def load_records(section: Mapping[str, Any]) -> list:
+def load_records(section: Mapping[str, Any]) -> Sequence:
     """The records of a `data` section: `dive_fast.data.load_data` with its options, cut to the first `limit`."""
     from dive_fast.data import load_data
 
-    options = {key: value for key, value in section.items() if key not in ("name", "limit")}
-    limit = section.get("limit")
-    if limit is not None and limit < 1:
-        raise InputError(f"data.limit: expected a positive number of records, or null for all, got {limit}")
-    return load_data(section["name"], **options)[:limit]
+    return load_data(**section)
 
 
 def _check_section(value: Any, section: str, cls: type, places: _Places) -> dict[str, Any]:

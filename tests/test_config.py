@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -266,11 +267,29 @@ def test_data_with_options():
 
 def test_load_records_takes_the_first(monkeypatch):
     data = pytest.importorskip("dive_fast.data")
-    monkeypatch.setattr(data, "load_data", lambda name, **options: [name, options, 3])
-    assert config.load_records({"name": "x", "split": "test", "limit": 2}) == ["x", {"split": "test"}]
-    assert len(config.load_records({"name": "x", "limit": None})) == 3
+    rows = [data.Record(name, "p", "r") for name in "abc"]
+    monkeypatch.setitem(data.DATA_SETS, "x", lambda split: [*rows, split])
+    assert config.load_records({"name": "x", "split": "test", "limit": 2}) == rows[:2]
+    assert config.load_records({"name": "x", "split": "test", "limit": None}) == [*rows, "test"]
+    monkeypatch.setitem(data.DATA_SETS, "y", lambda limit: [limit])
+    assert config.load_records({"name": "y", "limit": 2}) == [2]  # a loader with a limit of its own stops there
     with pytest.raises(InputError, match="positive"):
-        config.load_records({"name": "x", "limit": 0})
+        config.load_records({"name": "x", "split": "test", "limit": 0})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["views=3"], "override data.views: expected text or a list (each text) or null, got 3"),
+        (["skip_missing_images=yes"], "override data.skip_missing_images: expected true or false, got 'yes'"),
+        (["limit=ten"], "override data.limit: expected a whole number"),
+    ],
+)
+def test_options_of_a_data_set_have_types(options, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        config.data_with_options("mimic_cxr", options)
+    fine = config.data_with_options("mimic_cxr", ["views=[PA, AP]", "root=/data", "split=null", "limit=5"])
+    assert fine == {"name": "mimic_cxr", "views": ["PA", "AP"], "root": "/data", "split": None, "limit": 5}
 
 
 def test_the_example_is_a_valid_run(monkeypatch):

@@ -93,7 +93,7 @@ def changed(**change):
         (changed(report=3), "row 2: report must be a text, got int"),
         (changed(prompt=""), "record 'b'.*prompt"),
         (changed(id="a"), "record 'a': this id occurs twice"),
-        (changed(image="films/3.png"), "record 'b': image file not found: .*films/3.png"),
+        (changed(image="films/3.png"), "1 images are missing .*, of 2 .*b: .*films/3.png .*skip_missing_images"),
         (changed(image=7), "row 2: an image must be a path or a PIL image, got int"),
         (
             [{"prompt": "p", "raport": "r"}],
@@ -139,6 +139,21 @@ def test_missing_file_cut_gzip_and_wrong_encoding(folder):
     (folder / "latin.csv").write_bytes("prompt,report\np,caf\xe9\n".encode("latin-1"))
     with pytest.raises(InputError, match="not UTF-8"):
         load_json_lines(folder / "latin.csv")
+
+
+def test_split_limit_and_missing_images(folder):
+    rows = [{**row, "split": part} for row, part in zip([*ROWS, ROWS[0]], ("train", "test", "train"), strict=True)]
+    rows[2] = {**rows[2], "id": "c", "image": ["films/none.png", "films/2.png"]}
+    path = write(folder, rows)
+    assert [r.id for r in load_json_lines(path, split="test")] == ["b"]
+    assert [r.id for r in load_json_lines(path, limit=2)] == ["a", "b"]
+    records = load_json_lines(path, split="train", skip_missing_images=True)
+    assert [(r.id, len(r.images)) for r in records] == [("a", 1), ("c", 1)]
+    assert records.counts.notes == {"missing images": 1} and records.counts.images == 2
+    with pytest.raises(InputError, match="expected at least one record"):
+        load_json_lines(path, split="val")
+    with pytest.raises(InputError, match="row 1, has no column 'split'"):
+        load_json_lines(write(folder, ROWS), split="test")
 
 
 class ColumnDataset:
@@ -195,7 +210,8 @@ def test_to_records_refuses(dataset, message):
 
 def test_load_data_by_name(folder):
     assert load_data("json_lines", path=write(folder, ROWS))[1].id == "b"
-    assert set(DATA_SETS) == {"open_i", "json_lines", "films", "generated_films"}
+    own_files = {"open_i", "iu_kaggle", "iu_r2gen", "mimic_cxr", "chexpert_plus", "padchest"}
+    assert set(DATA_SETS) == own_files | {"json_lines", "hub", "films", "generated_films"}
     with pytest.raises(InputError, match="got 'openi'. Did you mean 'open_i'"):
         load_data("openi")
     with pytest.raises(InputError, match="json_lines.*its options are path, report"):

@@ -39,12 +39,14 @@ ALLOWED = {
     "prompt_store": {"models", "data"},
     "likelihood": LOWER | {"prompt_store"},
     "evaluate": LOWER | {"likelihood"},
+    # tags the records of a data set, which `data` itself cannot: the supervision room reads records
+    "inspect_data": {"data", "supervision"},
     "train": LOWER | UPPER,
     "doctor": {"native"},
     "config": LOWER | UPPER,
     "report": LOWER | UPPER,
     "demo": LOWER | UPPER | {"report", "doctor", "config"},
-    "cli": LOWER | UPPER | {"report", "doctor", "config", "demo"},
+    "cli": LOWER | UPPER | {"report", "doctor", "config", "demo", "inspect_data"},
     "__main__": {"cli"},
     "__init__": LOWER | UPPER | {"lazy"},
 }
@@ -60,6 +62,7 @@ PART_OF = {
     "trainer": "train",
     "report_assets": "report",
     "cli_commands": "cli",
+    "cli_data": "cli",
     "cli_files": "cli",
     "config_values": "config",
     "config_yaml": "config",

@@ -2,20 +2,35 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from dive_fast.data.chexpert_plus import load_chexpert_plus
+from dive_fast.data.counts import LoadCounts, Records
 from dive_fast.data.demonstrations import DemonstrationPool, choose_demonstrations
 from dive_fast.data.films import generated_films, load_films, split_by_patient
+from dive_fast.data.hub import dataset_rows, load_hub
 from dive_fast.data.images import load_image
+from dive_fast.data.iu_kaggle import load_iu_kaggle
+from dive_fast.data.iu_r2gen import load_iu_r2gen
 from dive_fast.data.json_lines import check_records, load_json_lines, rows_to_records
+from dive_fast.data.loading import check_count
+from dive_fast.data.mimic_cxr import load_mimic_cxr
 from dive_fast.data.open_i import load_open_i
+from dive_fast.data.padchest import load_padchest
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
 
-DATA_SETS: dict[str, Callable[..., list[Record]]] = {
+DATA_SETS: dict[str, Callable[..., Sequence[Record]]] = {
     "open_i": load_open_i,
+    "iu_kaggle": load_iu_kaggle,
+    "iu_r2gen": load_iu_r2gen,
+    "mimic_cxr": load_mimic_cxr,
+    "chexpert_plus": load_chexpert_plus,
+    "padchest": load_padchest,
     "json_lines": load_json_lines,
+    "hub": load_hub,
     "films": load_films,
     "generated_films": generated_films,
 }
@@ -23,21 +38,31 @@ DATA_SETS: dict[str, Callable[..., list[Record]]] = {
 __all__ = [
     "DATA_SETS",
     "DemonstrationPool",
+    "LoadCounts",
     "Record",
+    "Records",
     "choose_demonstrations",
     "generated_films",
+    "load_chexpert_plus",
     "load_data",
     "load_films",
+    "load_hub",
     "load_image",
+    "load_iu_kaggle",
+    "load_iu_r2gen",
     "load_json_lines",
+    "load_mimic_cxr",
     "load_open_i",
+    "load_padchest",
     "split_by_patient",
     "to_records",
 ]
 
 
-def load_data(name: str, **options) -> list[Record]:
-    """The records of the data set `name`; `options` are its loader's arguments.
+def load_data(name: str, *, limit: int | None = None, **options) -> Sequence[Record]:
+    """The records of the data set `name`; `options` are its loader's arguments, `limit` takes the first records only.
+
+    A result with an attribute `counts` (`LoadCounts`) says how many records were left out and why.
 
     Raises:
         InputError: no such data set, an option its loader does not have or needs and is not given, or the loader's own.
@@ -47,20 +72,26 @@ def load_data(name: str, **options) -> list[Record]:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         known = f"one of {', '.join(DATA_SETS)}, or a .jsonl, .json or .csv file"
         raise InputError(f"data set: expected {known}, got {name!r}.{hint}")
+    check_count("limit", limit)
     loader = DATA_SETS[name]
     signature = inspect.signature(loader)
+    # A loader with a limit of its own stops reading there.
+    if "limit" in signature.parameters:
+        options["limit"] = limit
     try:
         signature.bind(**options)
     except TypeError as error:
         raise InputError(f"data set {name}: {error}; its options are {', '.join(signature.parameters)}") from error
-    return loader(**options)
+    records = loader(**options)
+    return records if "limit" in options or limit is None else Records(records[:limit])
 
 
 def to_records(dataset) -> list[Record]:
     """Checked records from records, dicts, a `datasets.Dataset`, or the path of a .jsonl, .json or .csv file.
 
     Dicts and data set rows have the columns `load_json_lines` reads by default: report, prompt or indication, image,
-    id. Decoded images would all be held in memory: cast a Dataset's image column to `Image(decode=False)` first.
+    id. The images of a `datasets.Dataset` stay in its files until a batch asks for them; its texts are held in memory.
+    Rows of any other kind are held as they come.
 
     Raises:
         InputError: another type, no records, or whatever `load_json_lines` refuses in a row.
@@ -73,9 +104,13 @@ def to_records(dataset) -> list[Record]:
     if isinstance(dataset, Record) or not hasattr(dataset, "__iter__"):
         got = type(dataset).__name__
         raise InputError(f"dataset: expected a list of records or dicts, a Dataset or a path, got {got}")
+    columns = {"report": "report", "prompt": "prompt", "images": "image", "id": "id"}
+    # Where the package has not been imported, nothing can be one of its data sets.
+    datasets = sys.modules.get("datasets")
+    if datasets is not None and isinstance(dataset, getattr(datasets, "Dataset", ())):
+        return rows_to_records(dataset_rows(dataset, columns), columns, source="dataset")
     rows = list(dataset)
     if rows and isinstance(rows[0], Record):
         check_records(rows, "dataset")
         return rows
-    columns = {"report": "report", "prompt": "prompt", "images": "image", "id": "id"}
     return rows_to_records(enumerate(rows), columns, source="dataset")

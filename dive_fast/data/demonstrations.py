@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dive_fast.data.images import StoredImage
 from dive_fast.data.prompt import collapse
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
@@ -121,6 +122,8 @@ def _image_key(image) -> list:
     if isinstance(image, (str, Path)):
         stat = Path(image).stat()
         return [str(image), stat.st_size, stat.st_mtime_ns]
+    if isinstance(image, StoredImage):
+        return [image.key]
     return [image.mode, *image.size, hashlib.sha256(image.tobytes()).hexdigest()]
 
 

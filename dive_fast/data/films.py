@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from dive_fast.data.counts import Records
 from dive_fast.data.images import pillow
 from dive_fast.data.json_lines import check_records
 from dive_fast.data.prompt import collapse, compose_prompt
@@ -18,7 +19,7 @@ SIDES = ("right", "left")
 ZONES = ("upper", "middle", "lower")
 
 
-def load_films(root: str | Path) -> list[Record]:
+def load_films(root: str | Path) -> Records:
     """Films with their notes from `root/pairs.csv`, which names files under `root`; rows without text are left out.
 
     Columns: image, report_id, patient_id, projection, text, licence; `meta` has all but image, report_id and text, and
@@ -36,8 +37,11 @@ def load_films(root: str | Path) -> list[Record]:
         missing = [column for column in PAIR_COLUMNS if column not in (reader.fieldnames or ())]
         if missing:
             raise InputError(f"root: {table} lacks the columns {', '.join(missing)}; it has {reader.fieldnames}")
-        records = [_film_record(row, root) for row in reader if collapse(row["text"])]
+        rows = list(reader)
+    records = Records(_film_record(row, root) for row in rows if collapse(row["text"]))
     check_records(records, str(table))
+    if len(records) < len(rows):
+        records.counts.dropped["without a text"] = len(rows) - len(records)
     return records
 
 

@@ -1,18 +1,40 @@
 """Where images are opened and decoded: one place, one kind of error."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 from dive_fast.errors import InputError
 
 
+class StoredImage:
+    """An image that lies in a file of many, such as a `datasets.Dataset`; read anew whenever it is used.
+
+    Args:
+        read: () -> its encoded bytes, or the path of its file.
+        key: names its content, for caches.
+    """
+
+    def __init__(self, read: Callable[[], bytes | str], key: str):
+        self.read, self.key = read, key
+
+    def __repr__(self):
+        return f"StoredImage({self.key!r})"
+
+
 def load_image(image, *, record_id: str):
-    """`image` (a path or a PIL image) as a decoded RGB `PIL.Image.Image`; 16-bit gray is scaled to 8 bits, not clipped.
+    """`image` (a path, a PIL image or a `StoredImage`) as a decoded RGB `PIL.Image.Image`.
+
+    16-bit gray is scaled to 8 bits, not clipped.
 
     Raises:
         InputError: names the record and the file when it is missing, not an image, or cut short.
     """
     pil = pillow()
+    if isinstance(image, StoredImage):
+        image = image.read()
+    if isinstance(image, bytes):
+        image = open_bytes(image, record_id=f"record {record_id!r}")
     where = f"record {record_id!r}: image {image if isinstance(image, (str, Path)) else 'in memory'}"
     if not isinstance(image, (str, Path, pil.Image.Image)):
         raise InputError(f"record {record_id!r}: expected a path or a PIL image, got {type(image).__name__}")

@@ -6,8 +6,12 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from dive_fast.data.counts import Records
+from dive_fast.data.images import StoredImage, open_bytes
+from dive_fast.data.loading import Loading
 from dive_fast.data.prompt import FINDINGS_REQUEST, collapse, compose_prompt
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
@@ -23,7 +27,11 @@ def load_json_lines(
     images: str = "image",
     id: str = "id",
     root: str | Path | None = None,
-) -> list[Record]:
+    split: str | None = None,
+    limit: int | None = None,
+    skip_missing_images: bool = False,
+    check_images: str = "exists",
+) -> Records:
     """Records from a .jsonl (one object a line), .json (a list of objects) or .csv file, plain or gzipped (.gz).
 
     A row needs a report, and a prompt or an `indication` (which becomes "Indication: ...", then the request to describe
@@ -35,27 +43,45 @@ def load_json_lines(
         path: the file; its name decides the format.
         report, prompt, images, id: the columns' names.
         root: the folder relative image paths start from; by default the file's own.
+        split: only the rows that say this in a column `split`; None takes all.
+        limit, skip_missing_images, check_images: see `Loading`.
+
+    Returns:
+        Records with `counts`.
 
     Raises:
         InputError: no such file, unknown suffix, not JSON (with the line), a missing column (with those there are and
-            the nearest name), an empty report or prompt, an id that occurs twice, a missing image file.
+            the nearest name), an empty report or prompt, an id that occurs twice, images that are missing and may
+            not be skipped.
     """
+    loading = Loading(str(path), limit=limit, skip_missing_images=skip_missing_images, check_images=check_images)
     path = Path(path)
     if not path.is_file():
         raise InputError(f"path: expected a .jsonl, .json or .csv file (or .gz of one), there is no file at {path}")
     columns = {"report": report, "prompt": prompt, "images": images, "id": id}
-    return rows_to_records(_read_rows(path), columns, source=str(path), root=Path(root) if root else path.parent)
+    rows = _read_rows(path) if split is None else _of_split(_read_rows(path), split, path)
+    for record in _checked(_records(rows, columns, str(path), Path(root) if root else path.parent), str(path)):
+        if loading.full:
+            break
+        shown = loading.usable(record.id, record.images)
+        if shown is not None:
+            loading.add(record if shown == record.images else replace(record, images=shown))
+    return loading.finish()
+
+
+def _of_split(rows: Iterable[tuple[int, Mapping]], split: str, path: Path) -> Iterator[tuple[int, Mapping]]:
+    for number, row in rows:
+        if isinstance(row, Mapping) and "split" not in row:
+            raise InputError(f"split: {path}, row {number}, has no column 'split'; leave split out to take all rows")
+        if not isinstance(row, Mapping) or row["split"] == split:
+            yield number, row
 
 
 def rows_to_records(
     rows: Iterable[tuple[int, Mapping]], columns: Mapping[str, str], *, source: str, root: Path | None = None
 ) -> list[Record]:
     """Checked records from (number, row) pairs; errors name `number`, a line or index. See `load_json_lines`."""
-    records = []
-    for number, row in rows:
-        if not isinstance(row, Mapping):
-            raise InputError(f"{source}, row {number}: expected an object with named columns, got {type(row).__name__}")
-        records.append(_row_to_record(number, row, columns, source, root))
+    records = list(_records(rows, columns, source, root))
     check_records(records, source)
     return records
 
@@ -64,6 +90,22 @@ def check_records(records: Sequence[Record], source: str) -> None:
     """Raise InputError unless there are records, with different ids, prompts and reports with text, and image files."""
     if not records:
         raise InputError(f"{source}: expected at least one record, got none")
+    for record in _checked(records, source):
+        for image in record.images:
+            if isinstance(image, (str, Path)) and not Path(image).is_file():
+                where = f"{source}, record {record.id!r}"
+                raise InputError(f"{where}: image file not found: {image}. Mend the path, or give `root=` their folder")
+
+
+def _records(rows, columns: Mapping[str, str], source: str, root: Path | None) -> Iterator[Record]:
+    for number, row in rows:
+        if not isinstance(row, Mapping):
+            raise InputError(f"{source}, row {number}: expected an object with named columns, got {type(row).__name__}")
+        yield _row_to_record(number, row, columns, source, root)
+
+
+def _checked(records: Iterable[Record], source: str) -> Iterator[Record]:
+    """The records as they come, each with an id of its own, and a prompt and a report with text."""
     seen = set()
     for record in records:
         if not isinstance(record, Record):
@@ -76,9 +118,7 @@ def check_records(records: Sequence[Record], source: str) -> None:
             text = getattr(record, field)
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"{where}: its {field} must be a text that is not empty, got {text!r}; leave it out")
-        for image in record.images:
-            if isinstance(image, (str, Path)) and not Path(image).is_file():
-                raise InputError(f"{where}: image file not found: {image}. Mend the path, or give `root=` their folder")
+        yield record
 
 
 def _row_to_record(number: int, row: Mapping, columns: Mapping[str, str], source: str, root: Path | None) -> Record:
@@ -127,10 +167,8 @@ def _image(where: str, item, root: Path | None):
     if isinstance(item, Mapping) and item.keys() == {"bytes", "path"}:
         if item["bytes"] is None:
             return _image(where, item["path"], root)
-        from dive_fast.data.images import open_bytes
-
         return open_bytes(item["bytes"], record_id=where)
-    if hasattr(item, "convert") and hasattr(item, "size"):
+    if isinstance(item, StoredImage) or (hasattr(item, "convert") and hasattr(item, "size")):
         return item
     raise InputError(f"{where}: an image must be a path or a PIL image, got {type(item).__name__}")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from dive_fast.data.counts import Records
 from dive_fast.data.prompt import FINDINGS_REQUEST, IMPRESSION_REQUEST, collapse, compose_prompt
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
@@ -32,7 +33,7 @@ class _Report(NamedTuple):
 
 def load_open_i(
     split: str | None = "train", *, section: str = "findings", archive: str | Path | None = None
-) -> list[Record]:
+) -> Records:
     """The Open-i reports as a text-conditioned report task: tags and indication -> one section.
 
     The wheel has no films, so the MeSH tags stand in for the image: annotators wrote them after reading the report.
@@ -47,9 +48,9 @@ def load_open_i(
         archive: an NLMCXR_reports.tgz; by default the one inside the installed torchxrayvision.
 
     Returns:
-        Records by study number. `meta` has tags (tuple), indication, split ("train" | "val" | "test" | None), has_deid
-        (the de-identification mark "XXXX" occurs in the report) and unseen_text: False if the report's text occurs
-        verbatim in the training part, as 274 of the 590 test findings do; None for training records.
+        Records by study number, with `counts`. `meta` has tags (tuple), indication, split ("train" | "val" | "test" |
+        None), has_deid (the de-identification mark "XXXX" occurs in the report) and unseen_text: False if the report's
+        text occurs verbatim in the training part, as 274 of the 590 test findings do; None for training records.
 
     Raises:
         InputError: unknown split or section, torchxrayvision not installed, archive missing, damaged or without XML.
@@ -60,13 +61,15 @@ def load_open_i(
         raise InputError(f"section: expected one of {', '.join(SECTIONS)}, got {section!r}")
     path = _installed_archive() if archive is None else Path(archive)
     reports = sorted(_read_archive(path, section), key=_study_order)
-    split_of = _read_split()
+    split_of = read_split()
     training_texts = {report.text for report in reports if split_of.get(report.study) == "train"}
-    return [
-        _record(report, split_of.get(report.study), section, training_texts)
-        for report in reports
-        if report.text and (split is None or split_of.get(report.study) == split)
-    ]
+    asked = [report for report in reports if split is None or split_of.get(report.study) == split]
+    records = Records(
+        _record(report, split_of.get(report.study), section, training_texts) for report in asked if report.text
+    )
+    if len(records) < len(asked):
+        records.counts.dropped[f"without a text in {section}"] = len(asked) - len(records)
+    return records
 
 
 def _record(report: _Report, split: str | None, section: str, training_texts: set[str]) -> Record:
@@ -86,7 +89,7 @@ def _study_order(report: _Report) -> tuple[int, str]:
     return (int(number) if number.isdigit() else 0, report.study)
 
 
-def _read_split() -> dict[str, str]:
+def read_split() -> dict[str, str]:
     with SPLIT_FILE.open(newline="", encoding="utf-8") as file:
         return {row["id"]: row["split"] for row in csv.DictReader(file)}
 

@@ -1,0 +1,182 @@
+"""What a data set holds before anything is trained on it: lengths, decisive words, what leaks between its parts."""
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+
+from dive_fast.data.encoding import ReportEncoder
+from dive_fast.data.prompt import collapse
+from dive_fast.data.record import Record
+from dive_fast.errors import InputError
+from dive_fast.supervision.lexicon import LexiconTagger
+from dive_fast.supervision.tagger import Tagger
+from dive_fast.supervision.weights import checked_spans, decisive_mask
+
+PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
+NO_PART = "no split"
+
+
+def inspect_data(
+    parts: Mapping[str, Sequence[Record]],
+    *,
+    tokenizer=None,
+    tagger: Tagger | None = None,
+    sample: int = 2000,
+    samples: int = 3,
+    seed: int = 0,
+) -> dict:
+    """Describe the parts of a data set, such as {"train": records, "test": records}, and what leaks between them.
+
+    Args:
+        tokenizer: a fast tokenizer or a processor that counts lengths; None counts words.
+        tagger: finds decisive words; None is the chest lexicon.
+        sample: lengths and decisive words are taken from at most so many records of each part, drawn by `seed`.
+            Counts and leakage are always of all.
+        samples: records of each part to show.
+
+    Returns:
+        A dict that JSON can hold:
+
+        - unit: "tokens" or "words". Reports count their EOS as a token; prompts count their text in the chat template
+          without the tokens of images.
+        - parts: name -> records, images, patients (None where a record does not name one), distinct_reports, measured
+          (records that the next three are taken from), prompt_length and report_length (percentile -> length by
+          nearest rank: the smallest that so many per cent do not exceed), decisive and samples.
+        - decisive: share (of the reports' tokens that are decisive) and classes, label -> reports (share of reports
+          that have it) and tokens (share of tokens that carry it), the most frequent first.
+        - leakage: for every two parts (but records without a split), parts = [first, second], and for patients, reports
+          (verbatim but for white space) and images: n = records of the second that share one with the first, and
+          share = n / the second's records. patients is None where they are not named.
+
+    Raises:
+        InputError: no parts, an empty one, or a number below 1 where records are to be drawn.
+    """
+    if not parts or not all(len(records) for records in parts.values()):
+        raise InputError(f"parts: expected parts with records, got {', '.join(map(str, parts)) or 'none'}")
+    if sample < 1 or samples < 0:
+        raise InputError(f"sample, samples: expected sample >= 1 and samples >= 0, got {sample} and {samples}")
+    measure = _Words() if tokenizer is None else _Tokens(tokenizer)
+    tagger = tagger or LexiconTagger()
+    described = {}
+    for name, records in parts.items():
+        drawn = _draw(records, sample, f"inspect:{seed}:{name}")
+        patients = _patients(records)
+        described[name] = {
+            "records": len(records),
+            "images": sum(len(record.images) for record in records),
+            "patients": None if patients is None else len(set(patients)),
+            "distinct_reports": len({collapse(record.report) for record in records}),
+            "measured": len(drawn),
+            "prompt_length": _percentiles([measure.prompt(record) for record in drawn]),
+            "report_length": _percentiles([len(measure.offsets(record.report)) + measure.end for record in drawn]),
+            "decisive": _decisive(drawn, measure, tagger),
+            "samples": [_shown(record) for record in drawn[:samples]],
+        }
+    leaks = [_leak(first, second, parts) for first, second in combinations(parts, 2) if NO_PART not in (first, second)]
+    return {"unit": measure.unit, "parts": described, "leakage": leaks}
+
+
+def by_split(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records by meta["split"]: train, validation and test parts first; "no split" for those without one."""
+    parts: dict[str, list[Record]] = {}
+    for record in records:
+        parts.setdefault(str(record.meta.get("split") or NO_PART), []).append(record)
+    order = ("train", "val", "valid", "validate", "validation", "dev", "test")
+    known = [name for name in order if name in parts]
+    return {name: parts[name] for name in [*known, *(name for name in parts if name not in known)]}
+
+
+class _Words:
+    unit, end = "words", 0
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        return [match.span() for match in re.finditer(r"\S+", text)]
+
+    def prompt(self, record: Record) -> int:
+        return len(record.prompt.split())
+
+
+class _Tokens:
+    unit, end = "tokens", 1
+
+    def __init__(self, tokenizer):
+        self._encoder = ReportEncoder(tokenizer)
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        return self._encoder.response(text).offsets
+
+    def prompt(self, record: Record) -> int:
+        text = self._encoder.prompt_text(replace(record, images=()))
+        return len(self._encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _draw(records: Sequence[Record], most: int, seed: str) -> list[Record]:
+    if len(records) <= most:
+        return list(records)
+    return [records[index] for index in sorted(random.Random(seed).sample(range(len(records)), most))]
+
+
+def _percentiles(lengths: Sequence[int]) -> dict[str, int]:
+    ranked = sorted(lengths)
+    return {str(p): ranked[math.ceil(p / 100 * len(ranked)) - 1] for p in PERCENTILES}
+
+
+def _decisive(records: Sequence[Record], measure: _Words | _Tokens, tagger: Tagger) -> dict:
+    total = decisive = 0
+    reports, tokens = Counter(), Counter()
+    for record in records:
+        offsets, spans = measure.offsets(record.report), checked_spans(tagger, record.report)
+        total += len(offsets)
+        decisive += sum(decisive_mask(offsets, spans))
+        by_label: dict[str, list] = {}
+        for span in spans:
+            by_label.setdefault(_label(span.label), []).append(span)
+        for label, own in by_label.items():
+            reports[label] += 1
+            tokens[label] += sum(decisive_mask(offsets, own))
+    classes = {
+        label: {"reports": n / len(records), "tokens": tokens[label] / max(total, 1)}
+        for label, n in reports.most_common()
+    }
+    return {"share": decisive / max(total, 1), "classes": classes}
+
+
+def _label(label) -> str:
+    return " ".join(map(str, label)) if isinstance(label, tuple) else str(label)
+
+
+def _patients(records: Sequence[Record]) -> list[str] | None:
+    found = [record.meta.get("patient_id") for record in records]
+    return None if any(patient in (None, "") for patient in found) else [str(patient) for patient in found]
+
+
+def _texts(records: Sequence[Record]) -> list[str]:
+    return [collapse(record.report) for record in records]
+
+
+def _leak(first: str, second: str, parts: Mapping[str, Sequence[Record]]) -> dict:
+    def shared(keys: Callable[[Sequence[Record]], list | None]) -> dict | None:
+        known, asked = keys(parts[first]), keys(parts[second])
+        if known is None or asked is None:
+            return None
+        known = set(known)
+        n = sum(key in known for key in asked)
+        return {"n": n, "share": n / len(asked)}
+
+    films = {path for record in parts[first] for path in record.images if isinstance(path, str)}
+    n = sum(any(isinstance(path, str) and path in films for path in record.images) for record in parts[second])
+    return {
+        "parts": [first, second],
+        "patients": shared(_patients),
+        "reports": shared(_texts),
+        "images": {"n": n, "share": n / len(parts[second])},
+    }
+
+
+def _shown(record: Record) -> dict:
+    images = [image if isinstance(image, str) else repr(image) for image in record.images]
+    return {"id": record.id, "prompt": record.prompt, "report": record.report, "images": images}
