@@ -113,6 +113,12 @@ def test_a_cache_on_disk_needs_no_model_and_is_never_stale(weights, tmp_path, mo
         RadGraphAnnotator(settings(weights, cache=str(cache)))([TEXTS[0] + " "])
 
 
+def test_the_random_numbers_around_it_stay_as_they_were(weights):
+    before = torch.random.get_rng_state()
+    RadGraphAnnotator(settings(weights))(["no effusion"])
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_other_weights_have_another_fingerprint(weights, tmp_path):
     root, kind = weights
     before = RadGraphAnnotator(settings(weights)).fingerprint

@@ -120,7 +120,8 @@ class ChexbertLabeler:
         self.tokenizer = _tokenizer(tokenizer, config.vocab_size)
         path = _find(weights)
         self.fingerprint = weights_files.fingerprint([path])
-        self.model = ChexbertModel(config)
+        with torch.random.fork_rng(devices=[]):  # of the initial values nothing is left
+            self.model = ChexbertModel(config)
         self.model.load_state_dict(_checked_weights(path, self.model.state_dict()))
         self.model.eval().to(self.device)
 

@@ -243,8 +243,14 @@ def _radgraph():
 
 @contextmanager
 def _as_radgraph_expects(package):
-    """transformers 4's tokenizer methods, and silence: the package prints its device and warns of one-word reports."""
-    with tokenizer_methods(), warnings.catch_warnings():
+    """transformers 4's tokenizer methods, and no traces.
+
+    The package prints its device and warns of one-word reports; its initial values and data loader draw random numbers,
+    which a training run around it must not miss.
+    """
+    import torch
+
+    with tokenizer_methods(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         package.module.print = lambda *args, **options: None
         try:
