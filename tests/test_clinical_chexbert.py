@@ -201,3 +201,10 @@ def test_the_hubs_file_is_asked_for_by_name(small, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda **what: asked.append(what) or file)
     assert labeler(small, "someone/scorers").fingerprint == labeler(small).fingerprint
     assert asked == [{"repo_id": "someone/scorers", "filename": "chexbert.pth"}]
+
+
+@pytest.mark.gpu
+def test_a_gpu_labels_alike(small):
+    on_gpu = ChexbertLabeler(str(small.folder / "chexbert.pth"), small.tokenizer, "cuda", config=small.config)
+    assert next(on_gpu.model.parameters()).is_cuda
+    assert (on_gpu(TEXTS) == labeler(small)(TEXTS)).all()

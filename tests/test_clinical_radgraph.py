@@ -149,6 +149,14 @@ def test_evaluate_runs_the_model_once_for_both_sides(package, weights):
     assert scores.settings["radgraph"]["weights"] == RadGraphAnnotator(settings(weights)).fingerprint
 
 
+@pytest.mark.gpu
+def test_a_gpu_annotates_alike(weights):
+    root, kind = weights
+    on_gpu = RadGraphAnnotator(RadGraphSettings(weights=str(root), model_type=kind, device="cuda"))
+    assert on_gpu(TEXTS) == RadGraphAnnotator(settings(weights))(TEXTS)
+    assert next(on_gpu._model.model.parameters()).is_cuda
+
+
 # -- what is in the way ----------------------------------------------------------------------------------------------
 
 

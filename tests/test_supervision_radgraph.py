@@ -57,7 +57,8 @@ class ByWord:
         ("OBS-U", ("Observation", "uncertain")),
         ("ANAT-DP", ("Anatomy", "present")),
         ("Measurement", ("Measurement",)),
-        ("Observation::measurement::definitely present", ("Observation::measurement::definitely present",)),
+        ("Observation::measurement::definitely present", ("Observation::measurement", "present")),
+        ("Observation::definitely maybe", ("Observation::definitely maybe",)),
     ],
 )
 def test_the_labels_of_both_versions_are_category_and_polarity(label, expected):
@@ -89,6 +90,16 @@ def test_texts_are_annotated_once_and_together():
     assert annotator.calls == [["opacity", "clear"]]
     tag("new"), tag("new")
     assert annotator.calls[1:] == [["new"]]
+
+
+def test_scores_by_its_classes_annotate_all_reports_together():
+    annotator = ByWord()
+    scores = dive_fast.evaluate(
+        ["no effusion", "opacity"], ["no effusion", "clear"], metrics="decisive", tagger=tagger(annotator), bootstrap=0
+    )
+    assert annotator.calls == [["no effusion", "opacity", "clear"]]
+    assert scores["decisive_precision"] == 0.5 and scores["decisive_recall"] == 1.0
+    assert scores.per_class["Observation/absent"]["support"] == 1
 
 
 def test_a_list_that_a_caller_changes_is_a_copy():

@@ -117,8 +117,8 @@ class ChexbertLabeler:
         config = config or BertConfig()
         self.device, self.batch_size = torch_device(device), batch_size
         self.max_tokens = config.max_position_embeddings
-        self.tokenizer = _tokenizer(tokenizer, config.vocab_size)
         path = _find(weights)
+        self.tokenizer = _tokenizer(tokenizer, config.vocab_size)
         self.fingerprint = weights_files.fingerprint([path])
         with torch.random.fork_rng(devices=[]):  # of the initial values nothing is left
             self.model = ChexbertModel(config)

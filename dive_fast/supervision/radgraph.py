@@ -54,9 +54,7 @@ class RadGraphTagger:
 
 def entity_class(label: str) -> tuple[str, ...]:
     """("Observation", "absent") of "Observation::definitely absent" and of "OBS-DA"; other labels as they are."""
-    category, separator, certainty = label.partition("::")
-    if not separator:
-        category, _, certainty = label.partition("-")
+    category, _, certainty = label.rpartition("::" if "::" in label else "-")
     if certainty not in _POLARITIES:
         return (label,)
     return (_CATEGORIES.get(category, category), _POLARITIES[certainty])
