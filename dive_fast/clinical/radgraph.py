@@ -28,7 +28,7 @@ MODEL_TYPES = ("radgraph", "radgraph-xl", "modern-radgraph-xl", "echograph")
 FILES = ("config.json", "vocabulary", "weights.th")
 INSTALL = "pip install 'dive_fast[clinical]'"
 
-# A batch of n reports, the longest of L words, scores n (L / 2)^2 pairs of spans with 4668 features each, three times
+# A batch of n reports of L words scores n (L / 2)^2 pairs of spans with 4668 features each, three times
 # over: 65536 = n L^2 is about 1 GB (16 reports of 64 words).
 WORDS_SQUARED_PER_BATCH = 2**16
 
