@@ -228,13 +228,23 @@ def _evaluate(commands) -> None:
         "  dive-fast evaluate predictions.jsonl\n"
         "  dive-fast evaluate predictions.jsonl --metrics bleu rouge_l --bootstrap 5000 --output scores.json\n"
         "  dive-fast evaluate predictions.jsonl --references reports.jsonl\n"
+        "  dive-fast evaluate predictions.jsonl --metrics radgraph chexbert \\\n"
+        "      --metric-options radgraph.weights=weights/ chexbert.weights=weights/chexbert.pth\n"
         "  dive-fast evaluate steered.jsonl --against zero_shot.jsonl",
     )
     parser.add_argument("predictions", metavar="PREDICTIONS.jsonl", help="as `dive-fast generate` writes them")
     parser.add_argument("--references", metavar="FILE", help=".jsonl with id and reference (or report), joined by id")
     parser.add_argument("--against", metavar="B.jsonl", help="a second system: differences with paired intervals")
-    names = "bleu rouge_l cider meteor decisive length termination"
+    names = "bleu rouge_l cider meteor decisive radgraph chexbert length termination"
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help=names)
+    parser.add_argument(
+        "--metric-options",
+        nargs="+",
+        default=[],
+        metavar="FILE.yaml | METRIC.OPTION=VALUE",
+        help="radgraph: weights, model_type, cache, device, batch_size; "
+        "chexbert: weights, tokenizer, uncertain, device, batch_size",
+    )
     parser.add_argument("--protocol", default="r2gen", help="raw, lower, ptb, r2gen (default) or r2gen_mimic")
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples (default 1000; 0: none)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the resampling (default 0)")

@@ -285,6 +285,7 @@ def _scores(args: Namespace, rows: Sequence[Mapping], tagger):
         tagger=tagger,
         finish_reasons=None if None in reasons else reasons,
         ids=[row["id"] for row in rows],
+        metric_options=importlib.import_module("dive_fast.config").load_metric_options(args.metric_options),
         **options,
     )
 

@@ -209,6 +209,25 @@ def data_with_options(name_or_path: str, options: Sequence[str]) -> dict[str, An
     return _check_data(values["data"], "data", _Places(places, None))
 
 
+def load_metric_options(items: Sequence[str]) -> dict[str, Any] | None:
+    """Options of metrics from a YAML file (metric: {option: value}) and `metric.option=value` items, which win.
+
+    Raises:
+        InputError: two files, no such file, not YAML, an item that is not metric.option=value.
+    """
+    paths = [item for item in items if "=" not in item]
+    if len(paths) > 1:
+        raise InputError(f"metric options: expected one YAML file, got {', '.join(paths)}")
+    values = _read_yaml(Path(paths[0]))[0] if paths else {}
+    for item in items:
+        if item in paths:
+            continue
+        if item.partition("=")[0].count(".") != 1:
+            raise InputError(f"metric option {item!r}: expected metric.option=value, such as chexbert.device=cpu")
+        _apply_override(values, {}, item)
+    return values or None
+
+
 def load_records(section: Mapping[str, Any]) -> Sequence:
     """The records of a `data` section: `dive_fast.data.load_data` with its options, cut to the first `limit`."""
     from dive_fast.data import load_data

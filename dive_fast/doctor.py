@@ -26,6 +26,9 @@ class Extra(NamedTuple):
 
 EXTRAS = {
     "eval": Extra("BLEU, ROUGE-L, CIDEr, METEOR", ("pycocoevalcap",), "pip install 'dive_fast[eval]'"),
+    "clinical": Extra(
+        "RadGraph F1 and the tagger `radgraph`", ("radgraph", "requests"), "pip install 'dive_fast[clinical]'"
+    ),
     "demo": Extra(
         "`dive-fast demo`",
         ("gguf", "pycocoevalcap"),

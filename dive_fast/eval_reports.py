@@ -12,6 +12,7 @@ from dive_fast.decode import generate
 from dive_fast.errors import InputError
 from dive_fast.evaluate import evaluate
 from dive_fast.metrics.peers import pycocoevalcap
+from dive_fast.supervision.tagger import Tagger
 
 # Name in the log -> name in `evaluate`'s scores.
 SCORES = {"rouge_l": "rouge_l", "decisive_f1": "decisive_f1", "terminated": "eos_rate"}
@@ -38,10 +39,15 @@ def check(records: Sequence[Record] | None, encoder: ReportEncoder, arguments: D
 
 
 def write_and_score(
-    model, records: Sequence[Record], encoder: ReportEncoder, arguments: DiveTrainingArguments
+    model,
+    records: Sequence[Record],
+    encoder: ReportEncoder,
+    arguments: DiveTrainingArguments,
+    tagger: Tagger | None = None,
 ) -> dict[str, float]:
     """Greedy reports for the first `eval_reports` records, scored: rouge_l, decisive_f1 and the share that ends by EOS.
 
+    `tagger` marks what is decisive, in the reports as in the references; None is the chest lexicon.
     Under data parallelism every process writes its share, and all of them get the scores of the whole.
     """
     records = records[: arguments.eval_reports]
@@ -64,6 +70,7 @@ def write_and_score(
         [text for _, text, _ in written],
         [record.report for record in records],
         metrics=("rouge_l", "decisive"),
+        tagger=tagger,
         finish_reasons=[reason for _, _, reason in written],
         ids=[record.id for record in records],
         bootstrap=0,

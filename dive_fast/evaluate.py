@@ -26,6 +26,7 @@ def evaluate(
     finish_reasons: Sequence[str] | None = None,
     likelihoods: tuple[Sequence[float], Sequence[int]] | None = None,
     ids: Sequence[str] | None = None,
+    metric_options: Mapping[str, Mapping] | None = None,
 ) -> Scores:
     """Score N predicted reports against their references.
 
@@ -33,7 +34,9 @@ def evaluate(
         predictions: N texts. An empty one is legal and scores 0.
         references: N texts, each with a word in it.
         metrics: names out of bleu (BLEU-1..4), rouge_l, cider, meteor (needs Java), decisive (precision, recall and F1
-            of the stated classes), length (relative length error, length ratio), termination (EOS rate), perplexity.
+            of the stated classes), radgraph (RadGraph F1: simple, partial, complete; needs the extra `clinical`),
+            chexbert (CheXbert F1, micro and macro over 14 and 5 labels), length (relative length error, length ratio),
+            termination (EOS rate), perplexity.
         protocol: raw, lower, ptb (needs Java), r2gen (the custom for IU X-ray) or r2gen_mimic; described in
             `dive_fast.metrics.protocols`. It applies to bleu, rouge_l, cider and meteor; the others read the reports
             as written.
@@ -46,13 +49,17 @@ def evaluate(
         likelihoods: N summed negative log-likelihoods of the references under the model and their N token counts, as
             `dive_fast.likelihood.report_nll` returns them; giving them adds `perplexity`.
         ids: N distinct names of the documents, for messages and for `Scores.ids`.
+        metric_options: metric -> its options, such as {"chexbert": {"weights": "chexbert.pth", "device": "cpu"},
+            "radgraph": {"weights": "folder", "cache": "annotations.jsonl"}}; see
+            `dive_fast.clinical.radgraph.RadGraphSettings` and `dive_fast.clinical.chexbert.ChexbertSettings`.
 
     Returns:
         Scores, a mapping from name to value.
 
     Raises:
         InputError: lengths differ or are 0; an entry is not a text; a reference is empty; an unknown metric or
-            protocol; a missing package, Java, finish reason or likelihood; a negative `bootstrap` or `seed`.
+            protocol or option; a missing package, Java, weights, finish reason or likelihood; a negative `bootstrap` or
+            `seed`.
 
     Warns:
         UserWarning: CIDEr of a single document, which is always 0.
@@ -60,6 +67,7 @@ def evaluate(
     names = inputs.metric_names(metrics, finish_reasons, likelihoods, METRICS)
     inputs.check_protocol(protocol)
     check_bootstrap(bootstrap, seed)
+    options = inputs.metric_options(metric_options, names, METRICS)
     predictions, references, document_names = inputs.texts(predictions, references, ids)
     tagger = inputs.checked_tagger(tagger) if "decisive" in names else None
     if "termination" in names:
@@ -69,15 +77,19 @@ def evaluate(
     tokenized = [], []
     if any(METRICS[name].reads == "protocol" for name in names):
         tokenized = _apply_protocol(protocol, predictions, references, document_names)
-    documents = Documents(predictions, references, *tokenized, document_names, tagger, finish_reasons, likelihoods)
+    documents = Documents(
+        predictions, references, *tokenized, document_names, tagger, finish_reasons, likelihoods, options
+    )
 
-    values, statistics, intervals, per_class, per_document = {}, {}, {}, {}, {}
+    values, statistics, intervals, per_class, per_document, settings = {}, {}, {}, {}, {}, {}
     for name in names:
         measured = METRICS[name].measure(documents)
         values |= measured.values
         statistics[name] = measured.statistics
         per_class |= measured.per_class
         per_document |= measured.per_document
+        if measured.settings:
+            settings[name] = measured.settings
         if bootstrap:
             resampled = _distribution(METRICS[name], measured.statistics, measured.values, bootstrap, seed)
             intervals |= {key: percentile_interval(resampled[key]) for key in measured.values}
@@ -94,6 +106,7 @@ def evaluate(
         per_document=per_document,
         ids=None if ids is None else [str(identity) for identity in ids],
         tagger=None if tagger is None else getattr(tagger, "__qualname__", type(tagger).__qualname__),
+        settings=settings,
     )
 
 
@@ -115,7 +128,7 @@ def paired_difference(
         (difference, (low, high)), or (difference, None) with bootstrap=0.
 
     Raises:
-        InputError: different documents, protocols or taggers; a value that is missing; a negative `bootstrap`.
+        InputError: different documents, protocols, taggers or weights; a value that is missing; a negative `bootstrap`.
     """
     check_bootstrap(bootstrap, seed)
     for argument, scores in (("a", a), ("b", b)):
@@ -135,6 +148,11 @@ def paired_difference(
         )
     if metric == "decisive" and a.tagger != b.tagger:
         raise InputError(f"a, b: expected one tagger, got {a.tagger} and {b.tagger}; evaluate both alike")
+    if a.settings.get(metric) != b.settings.get(metric):
+        raise InputError(
+            f"a, b: expected one setting of {metric!r}, got {a.settings.get(metric)} and {b.settings.get(metric)}; "
+            "evaluate both alike"
+        )
     difference = a[name] - b[name]
     if bootstrap == 0:
         return difference, None

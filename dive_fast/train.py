@@ -104,6 +104,9 @@ def train(
         raise InputError("tagger: 'disagreement' compares teacher and zero-shot model; give a teacher")
     arguments = training_arguments(args, output_dir)
     set_seed(arguments.seed)
+    # The first process fills the tagger's cache, the others find it filled.
+    with arguments.main_process_first(desc="tagging"):
+        supervision.read_ahead(record.report for record in (*records, *(eval_records or ())))
     model, processor = _model_and_processor(model_or_path, processor, steering)
     base = model.get_base_model()
     encoder = ReportEncoder(processor, context_length=text_config_of(base).max_position_embeddings)
@@ -238,8 +241,10 @@ def _setup(model, records, supervision: Supervision, teacher: Teacher | None, ru
     for record in records:
         digest.update(json.dumps([record.id, record.prompt, record.report, len(record.images)]).encode())
     tagger = supervision.tagger
-    named = dataclasses.asdict(dataclasses.replace(supervision, tagger="lexicon"))
+    named = {field.name: getattr(supervision, field.name) for field in dataclasses.fields(supervision)}
     named["tagger"] = tagger if isinstance(tagger, str) else getattr(tagger, "__qualname__", type(tagger).__name__)
+    # The weights, not where they lie here or what they run on.
+    named["tagger_options"] = supervision.tagger_fingerprint
     config = model.active_peft_config.to_dict()
     steering = {f.name: config[f.name] for f in dataclasses.fields(DiveConfig) if f.name in DiveConfig.__annotations__}
     kept = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "weight_decay")

@@ -178,7 +178,9 @@ class DiveTrainer(Trainer):
         }
         if getattr(self.args, "eval_reports", 0):
             records = self.eval_dataset if eval_dataset is None else eval_dataset
-            scores = eval_reports.write_and_score(model, records, self.encoder, self.args)
+            scores = eval_reports.write_and_score(
+                model, records, self.encoder, self.args, self.supervision.span_tagger()
+            )
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

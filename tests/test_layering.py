@@ -18,7 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Vocabulary rather than machinery: any room may speak of these.
 COMMON = {"errors", "data.record", "supervision.tagger"}
 
-LOWER = {"native", "models", "ops", "steering", "supervision", "data", "decode", "metrics"}
+LOWER = {"native", "models", "ops", "steering", "supervision", "data", "decode", "metrics", "clinical"}
 UPPER = {"train", "evaluate", "likelihood", "prompt_store"}
 
 # Room -> the rooms, or single modules of a room, that it may import besides itself and COMMON.
@@ -33,9 +33,13 @@ ALLOWED = {
     # the plan takes the adapter's weights and the positions they apply to; inputs may be records
     "decode": {"native", "models", "ops", "steering", "data"},
     # the teacher is a model that is run: its contexts are made of records, its statistics are a function of the loss op
-    "supervision": {"ops", "data", "models"},
+    # and a tagger marks what RadGraph's annotator finds
+    "supervision": {"ops", "data", "models", "clinical"},
     "data": set(),
-    "metrics": set(),
+    # models that read reports: RadGraph and CheXbert F1 score by what they find
+    "metrics": {"clinical"},
+    # below both of its users, so that neither imports the other
+    "clinical": set(),
     "prompt_store": {"models", "data"},
     "likelihood": LOWER | {"prompt_store"},
     "evaluate": LOWER | {"likelihood"},
@@ -68,7 +72,7 @@ PART_OF = {
     "config_yaml": "config",
 }
 
-OPTIONAL = ("triton", "datasets", "matplotlib", "pycocoevalcap")
+OPTIONAL = ("triton", "datasets", "matplotlib", "pycocoevalcap", "radgraph")
 
 
 class Import(NamedTuple):

@@ -1,6 +1,17 @@
 """Metrics, one a file. A new one is a file with a `METRIC` and a row below."""
 
-from dive_fast.metrics import bleu, cider, decisive, length, meteor, perplexity, rouge_l, termination
+from dive_fast.metrics import (
+    bleu,
+    chexbert,
+    cider,
+    decisive,
+    length,
+    meteor,
+    perplexity,
+    radgraph,
+    rouge_l,
+    termination,
+)
 from dive_fast.metrics.metric import Metric
 
 METRICS: dict[str, Metric] = {
@@ -9,6 +20,8 @@ METRICS: dict[str, Metric] = {
     "cider": cider.METRIC,
     "meteor": meteor.METRIC,
     "decisive": decisive.METRIC,
+    "radgraph": radgraph.METRIC,
+    "chexbert": chexbert.METRIC,
     "length": length.METRIC,
     "termination": termination.METRIC,
     "perplexity": perplexity.METRIC,

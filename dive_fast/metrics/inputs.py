@@ -1,8 +1,9 @@
 """The checks `dive_fast.evaluate` makes once; the metrics trust what they get."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from dive_fast.clinical import settings
 from dive_fast.errors import InputError
 from dive_fast.metrics.perplexity import likelihood_statistics
 from dive_fast.metrics.protocols import PROTOCOLS, collapse_whitespace
@@ -79,6 +80,28 @@ def metric_names(metrics, finish_reasons, likelihoods, table) -> list[str]:
     if not names:
         raise InputError(f"metrics: expected at least one of {', '.join(table)}; got none")
     return list(dict.fromkeys(names))
+
+
+def metric_options(options, names: Sequence[str], table) -> dict[str, object]:
+    """The settings of every metric asked for that has some; those not given are the defaults."""
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(
+            f"metric_options: expected metric -> options, such as {{'chexbert': {{'device': 'cpu'}}}}, got {options!r}"
+        )
+    with_options = [name for name, metric in table.items() if metric.options is not None]
+    for name in options or {}:
+        if name not in with_options:
+            raise InputError(
+                f"metric_options: no metric with options is called {name!r}{nearest(name, with_options)} Known: "
+                f"{', '.join(with_options)}"
+            )
+        if name not in names:
+            raise InputError(f"metric_options: {name!r} is not among metrics ({', '.join(names)}); ask for it there")
+    return {
+        name: settings.read(table[name].options, (options or {}).get(name), f"metric_options.{name}")
+        for name in names
+        if name in with_options
+    }
 
 
 def check_protocol(protocol) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 class Scores(Mapping[str, float]):
     """A mapping from a value's name (`bleu_4`, `rouge_l`, `decisive_f1`, ...) to the corpus value.
 
-    BLEU, ROUGE-L, METEOR, decisive precision/recall/F1 and the EOS rate lie in 0..1, CIDEr in 0..10; `length_error` and
-    `length_ratio` are relative to the reference's length.
+    BLEU, ROUGE-L, METEOR, decisive precision/recall/F1, RadGraph and CheXbert F1 and the EOS rate lie in 0..1, CIDEr in
+    0..10; `length_error` and `length_ratio` are relative to the reference's length.
 
     Attributes:
         corpus: the mapping itself as a dict.
@@ -22,6 +22,7 @@ class Scores(Mapping[str, float]):
         n: number of documents.
         ids: the documents' ids, where they were given.
         tagger: name of the tagger behind the decisive values.
+        settings: metric -> what else its values depend on, such as the sha256 of the weights behind RadGraph F1.
         statistics: metric -> per-document sufficient statistics [N, K], what `paired_difference` resamples.
         documents: digest of the references in their order; two systems can be compared only where it is equal.
         bootstrap, seed: what the intervals were made with.
@@ -39,6 +40,7 @@ class Scores(Mapping[str, float]):
     per_document: dict[str, list[float]] = field(default_factory=dict)
     ids: list[str] | None = None
     tagger: str | None = None
+    settings: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
         return self.corpus[name]
