@@ -43,7 +43,7 @@ inline void add_ranks(const Element* up, int ranks, const Activated& activated, 
     }
     for (int part = 0; part < kRankPanel && panel + part < D; part += kLanes) {
       const std::int64_t d = panel + part;
-      vf columns[kRankBlock];
+      vf columns[kRankBlock] = {};
 #pragma GCC unroll 8
       for (int r = 0; r < most; ++r) columns[r] = load(from + r * kRankPanel + part);
       for (int i = 0; i < count; ++i) {

@@ -14,32 +14,48 @@ constexpr std::int64_t kBlock = cpu::kCacheBlock;
 // Of a cache line, which is also the widest vector.
 constexpr std::size_t kAlignment = 64;
 
-// `count` positions of every head, from rows `stride` bytes apart to rows that follow each other.
-void copy_heads(const std::byte* from, std::int64_t head_stride, std::int64_t stride, int heads, std::int64_t count,
-                std::int64_t row, std::byte* to) {
-  for (int head = 0; head < heads; ++head) {
-    const std::byte* source = from + head * head_stride;
-    std::byte* target = to + head * kBlock * row;
-    if (stride == row) {
-      std::memcpy(target, source, count * row);
-    } else {
-      for (std::int64_t i = 0; i < count; ++i) std::memcpy(target + i * row, source + i * stride, row);
+class HostMemory final : public CacheMemory {
+ public:
+  std::byte* allocate(std::size_t bytes) override {
+    void* const memory = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+    if (!memory) throw std::bad_alloc();
+    return static_cast<std::byte*>(memory);
+  }
+
+  void release(std::byte* memory) override { std::free(memory); }
+
+  void copy(const std::byte* from, std::int64_t from_head, std::int64_t from_position, std::byte* to,
+            std::int64_t to_head, int heads, std::int64_t positions, std::int64_t row_bytes) override {
+    for (int head = 0; head < heads; ++head) {
+      const std::byte* source = from + head * from_head;
+      std::byte* target = to + head * to_head;
+      if (from_position == row_bytes) {
+        std::memcpy(target, source, positions * row_bytes);
+      } else {
+        for (std::int64_t i = 0; i < positions; ++i) {
+          std::memcpy(target + i * row_bytes, source + i * from_position, row_bytes);
+        }
+      }
     }
   }
-}
+};
 
 }  // namespace
 
-BlockPool::BlockPool(const Plan& plan)
-    : layers_(plan.layers.size()), kv_heads_(plan.kv_heads), row_(plan.head_size * cpu::size_of(plan.cache_dtype)),
-      slab_(plan.kv_heads * kBlock * row_), element_(cpu::size_of(plan.cache_dtype)) {}
+CacheMemory& host_memory() {
+  static HostMemory memory;
+  return memory;
+}
+
+BlockPool::BlockPool(const Plan& plan, CacheMemory& memory)
+    : memory_(memory), layers_(plan.layers.size()), kv_heads_(plan.kv_heads),
+      row_(plan.head_size * cpu::size_of(plan.cache_dtype)), slab_(plan.kv_heads * kBlock * row_),
+      element_(cpu::size_of(plan.cache_dtype)) {}
 
 BlockPool::Block BlockPool::take() {
-  std::unique_ptr<std::byte, Free> memory;
+  std::unique_ptr<std::byte, Free> memory(nullptr, Free{&memory_});
   if (free_.empty()) {
-    const std::size_t bytes = (block_bytes() + kAlignment - 1) / kAlignment * kAlignment;
-    memory.reset(static_cast<std::byte*>(std::aligned_alloc(kAlignment, bytes)));
-    if (!memory) throw std::bad_alloc();
+    memory.reset(memory_.allocate(block_bytes()));
     // Giving a block back must not fail, so there is room for all of them from the start.
     free_.reserve(made_ + 1);
     ++made_;
@@ -47,12 +63,13 @@ BlockPool::Block BlockPool::take() {
     memory = std::move(free_.back());
     free_.pop_back();
   }
-  return {memory.release(), [this](std::byte* block) { free_.emplace_back(block); }};
+  return {memory.release(), [this](std::byte* block) { free_.emplace_back(block, Free{&memory_}); }};
 }
 
 void BlockPool::copy(const std::byte* from, std::byte* to, std::int64_t positions) const {
   for (std::size_t slab = 0; slab < 2 * layers_; ++slab) {
-    copy_heads(from + slab * slab_, kBlock * row_, row_, kv_heads_, positions, row_, to + slab * slab_);
+    const std::int64_t head = kBlock * row_;
+    memory_.copy(from + slab * slab_, head, row_, to + slab * slab_, head, kv_heads_, positions, row_);
   }
 }
 
@@ -63,19 +80,22 @@ void KvCache::add(BlockPool::Block block) {
 
 void KvCache::fill(const std::vector<PrefilledLayer>& layers, std::int64_t count) {
   const std::int64_t element = pool_->element_, row = pool_->row_bytes();
+  const auto copy = [&](const void* from, std::int64_t head, std::int64_t position, std::int64_t first,
+                        std::int64_t some, std::int64_t slab) {
+    pool_->memory_.copy(static_cast<const std::byte*>(from) + first * position * element, head * element,
+                        position * element, table_.back() + slab, kBlock * row, pool_->kv_heads(), some, row);
+  };
+  pool_->memory_.begin_copies();
   for (std::int64_t first = 0; first < count; first += kBlock) {
     add(pool_->take());
     const std::int64_t some = std::min(kBlock, count - first);
     for (std::size_t l = 0; l < layers.size(); ++l) {
       const PrefilledLayer& from = layers[l];
-      copy_heads(static_cast<const std::byte*>(from.keys) + first * from.keys_stride * element,
-                 from.keys_head_stride * element, from.keys_stride * element, pool_->kv_heads(), some, row,
-                 table_.back() + keys(l));
-      copy_heads(static_cast<const std::byte*>(from.values) + first * from.values_stride * element,
-                 from.values_head_stride * element, from.values_stride * element, pool_->kv_heads(), some, row,
-                 table_.back() + values(l));
+      copy(from.keys, from.keys_head_stride, from.keys_stride, first, some, keys(l));
+      copy(from.values, from.values_head_stride, from.values_stride, first, some, values(l));
     }
   }
+  pool_->memory_.end_copies();
 }
 
 void KvCache::make_room(std::int64_t position) {

@@ -18,13 +18,34 @@ struct PrefilledLayer {
   std::int64_t keys_head_stride, keys_stride, values_head_stride, values_stride;
 };
 
+// Where cache blocks lie. Rows of a block are `row_bytes` long and follow each other within a head.
+class CacheMemory {
+ public:
+  virtual ~CacheMemory() = default;
+
+  // Throws std::bad_alloc or what says more.
+  virtual std::byte* allocate(std::size_t bytes) = 0;
+  virtual void release(std::byte* memory) = 0;
+
+  // Copies rows [heads][positions], in the order of the steps that use them.
+  virtual void copy(const std::byte* from, std::int64_t from_head, std::int64_t from_position, std::byte* to,
+                    std::int64_t to_head, int heads, std::int64_t positions, std::int64_t row_bytes) = 0;
+
+  // Around copies from memory of others: it is ready at the beginning, and may change after the end.
+  virtual void begin_copies() {}
+  virtual void end_copies() {}
+};
+
+// The host's own.
+CacheMemory& host_memory();
+
 // The memory of one session's caches, which it must outlive. Blocks that nobody holds are kept for the next sequence.
 // Only the thread that runs the session may use it.
 class BlockPool {
  public:
   using Block = std::shared_ptr<std::byte>;
 
-  explicit BlockPool(const Plan& plan);
+  BlockPool(const Plan& plan, CacheMemory& memory);
   BlockPool(const BlockPool&) = delete;
 
   // A block for cpu::kCacheBlock positions in all layers, its contents undefined.
@@ -46,9 +67,11 @@ class BlockPool {
 
  private:
   struct Free {
-    void operator()(std::byte* memory) const { std::free(memory); }
+    CacheMemory* memory;
+    void operator()(std::byte* block) const { memory->release(block); }
   };
 
+  CacheMemory& memory_;
   const std::size_t layers_;
   const int kv_heads_;
   const std::int64_t row_, slab_, element_;

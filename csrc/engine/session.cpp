@@ -16,7 +16,7 @@ constexpr std::chrono::milliseconds kPollInterval{50};
 }  // namespace
 
 Session::Session(const Plan& plan, std::unique_ptr<Stepper> stepper, int max_rows)
-    : plan_(plan), stepper_(std::move(stepper)), max_rows_(max_rows), pool_(plan) {}
+    : plan_(plan), stepper_(std::move(stepper)), max_rows_(max_rows), pool_(plan, stepper_->memory()) {}
 
 void Session::check_results(const Request& request) const {
   const int beams = request.search.beams;

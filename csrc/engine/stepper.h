@@ -21,6 +21,9 @@ class Stepper {
  public:
   virtual ~Stepper() = default;
 
+  // Where it wants caches to lie; the session's caches are given back before the stepper goes.
+  virtual CacheMemory& memory() { return host_memory(); }
+
   // Runs every row's token, which adds it to its cache, and calls with_logits(row, logits [V], the first index of the
   // largest) once for every row, perhaps from several threads at once. The logits may be changed. A row's result does
   // not depend on the others.

@@ -1,0 +1,123 @@
+// What several kernels share: number formats, sums over a block, activations. For .cu files alone.
+#pragma once
+
+#include "cpu/decode_types.h"
+#include "cpu/dtype.h"
+#include "cpu/steer.h"
+#include "cuda/kernels.h"
+#include "cuda/ptx.h"
+
+namespace dive::cuda {
+
+inline constexpr unsigned kAllLanes = 0xffffffff;
+inline constexpr int kWarp = 32;
+
+template <DType kDType>
+struct Format;
+
+template <>
+struct Format<DType::kFloat32> {
+  using Element = float;
+  static __device__ __forceinline__ float widen(float x) { return x; }
+  static __device__ __forceinline__ float narrow(float x) { return x; }
+};
+
+template <>
+struct Format<DType::kBFloat16> {
+  using Element = std::uint16_t;
+  static __device__ __forceinline__ float widen(std::uint16_t x) { return bf16_to_float(x); }
+  static __device__ __forceinline__ std::uint16_t narrow(float x) { return float_to_bf16(x); }
+};
+
+template <>
+struct Format<DType::kFloat16> {
+  using Element = std::uint16_t;
+  static __device__ __forceinline__ float widen(std::uint16_t x) { return f16_to_float(x); }
+  static __device__ __forceinline__ std::uint16_t narrow(float x) { return float_to_f16(x); }
+};
+
+// Eight numbers that lie side by side, from memory that nobody writes meanwhile (kConstant) or that an earlier kernel
+// wrote.
+template <DType kDType, bool kConstant = false>
+__device__ __forceinline__ void load_eight(const void* p, float (&out)[8]) {
+  const auto load = [](const void* at) { return kConstant ? load_streaming(at) : load_cached(at); };
+  if constexpr (kDType == DType::kFloat32) {
+    const uint4 low = load(p), high = load(static_cast<const float*>(p) + 4);
+    const std::uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = __uint_as_float(words[i]);
+  } else {
+    const uint4 packed = load(p);
+    const std::uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      out[i] = Format<kDType>::widen(static_cast<std::uint16_t>(words[i / 2] >> (16 * (i % 2))));
+    }
+  }
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = kWarp / 2; step; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+
+// The sum over all threads, in all of them; `partials` has room for one float per warp and may be used again at once.
+__device__ __forceinline__ float block_sum(float x, float* partials) {
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  x = warp_sum(x);
+  if (threadIdx.x % kWarp == 0) partials[warp] = x;
+  __syncthreads();
+  float total = 0;
+  for (int w = 0; w < warps; ++w) total += partials[w];
+  __syncthreads();
+  return total;
+}
+
+// True in all threads of the last block of `count` that come here with the same ticket, which is 0 again afterwards;
+// that block sees what the others wrote before. `shared` is a word of the block's.
+__device__ __forceinline__ bool comes_last(unsigned* ticket, unsigned count, unsigned* shared) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const unsigned before = atomicAdd(ticket, 1u);
+    if (before == count - 1) *ticket = 0;
+    *shared = before == count - 1;
+  }
+  __syncthreads();
+  const bool last = *shared != 0;
+  if (last) __threadfence();
+  return last;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+__device__ __forceinline__ float gated(cpu::GatedActivation activation, float gate) {
+  switch (activation) {
+    case cpu::GatedActivation::kSilu:
+      return gate * sigmoid(gate);
+    case cpu::GatedActivation::kGeluTanh:
+      return gate * sigmoid(1.5957691216057308f * (gate + 0.044715f * (gate * gate * gate)));
+    case cpu::GatedActivation::kGelu:
+      return 0.5f * gate * (1.0f + erff(gate * 0.70710678118654752f));
+  }
+  return 0;
+}
+
+__device__ __forceinline__ float activated(cpu::Activation activation, float x) {
+  switch (activation) {
+    case cpu::Activation::kSilu:
+      return x * sigmoid(x);
+    case cpu::Activation::kIdentity:
+      return x;
+    case cpu::Activation::kRelu:
+      return x < 0 ? 0 : x;
+    case cpu::Activation::kGelu:
+      return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+    case cpu::Activation::kTanh:
+      return tanhf(x);
+  }
+  return 0;
+}
+
+}  // namespace dive::cuda

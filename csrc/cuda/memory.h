@@ -1,0 +1,147 @@
+// Memory, streams and errors of the CUDA runtime as C++ objects, for the step. What fails throws std::runtime_error with
+// the runtime's name for it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace dive::cuda {
+
+inline void check(cudaError_t error, const char* doing) {
+  if (error == cudaSuccess) return;
+  // The runtime remembers a failure until it is asked; left there, the next launch would be blamed for it.
+  static_cast<void>(cudaGetLastError());
+  throw std::runtime_error(std::string("CUDA: ") + doing + ": " + cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
+}
+
+// Bytes on the current device. Throws std::runtime_error that says how much was wanted, for what, and what to lower.
+inline void* allocate(std::size_t bytes, const char* what) {
+  void* data = nullptr;
+  const cudaError_t error = cudaMalloc(&data, bytes ? bytes : 1);
+  if (error == cudaErrorMemoryAllocation) {
+    static_cast<void>(cudaGetLastError());
+    std::size_t free = 0, total = 0;
+    static_cast<void>(cudaMemGetInfo(&free, &total));
+    const auto mebibytes = [](std::size_t n) { return std::to_string((n + (1 << 20) - 1) >> 20) + " MiB"; };
+    throw std::runtime_error("CUDA: out of memory: " + mebibytes(bytes) + " for " + what + ", and " + mebibytes(free) +
+                             " of " + mebibytes(total) + " are free; fewer rows at a time (max_rows) need less");
+  }
+  check(error, what);
+  return data;
+}
+
+// Makes a device current until the end of the scope.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    check(cudaGetDevice(&previous_), "asking for the current device");
+    check(cudaSetDevice(device), "choosing the device");
+  }
+  ~CurrentDevice() { static_cast<void>(cudaSetDevice(previous_)); }
+  CurrentDevice(const CurrentDevice&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
+template <class T>
+class DeviceArray {
+ public:
+  DeviceArray() = default;
+  DeviceArray(std::size_t count, const char* what)
+      : data_(static_cast<T*>(allocate(count * sizeof(T), what))), count_(count) {}
+  DeviceArray(DeviceArray&& other) noexcept { *this = std::move(other); }
+  DeviceArray& operator=(DeviceArray&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(count_, other.count_);
+    return *this;
+  }
+  ~DeviceArray() {
+    if (data_) static_cast<void>(cudaFree(data_));
+  }
+
+  T* data() const { return data_; }
+  std::size_t size() const { return count_; }
+
+ private:
+  T* data_ = nullptr;
+  std::size_t count_ = 0;
+};
+
+// Memory of the host that the device copies from and to by itself.
+template <class T>
+class PinnedArray {
+ public:
+  PinnedArray() = default;
+  explicit PinnedArray(std::size_t count) : count_(count) {
+    void* data = nullptr;
+    check(cudaMallocHost(&data, count ? count * sizeof(T) : 1), "pinning memory of the host");
+    data_ = static_cast<T*>(data);
+  }
+  PinnedArray(PinnedArray&& other) noexcept { *this = std::move(other); }
+  PinnedArray& operator=(PinnedArray&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(count_, other.count_);
+    return *this;
+  }
+  ~PinnedArray() {
+    if (data_) static_cast<void>(cudaFreeHost(data_));
+  }
+
+  T* data() const { return data_; }
+  T& operator[](std::size_t i) const { return data_[i]; }
+  std::size_t size() const { return count_; }
+
+ private:
+  T* data_ = nullptr;
+  std::size_t count_ = 0;
+};
+
+class OwnStream {
+ public:
+  OwnStream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream"); }
+  ~OwnStream() { static_cast<void>(cudaStreamDestroy(stream_)); }
+  OwnStream(const OwnStream&) = delete;
+
+  operator cudaStream_t() const { return stream_; }
+  void wait() const { check(cudaStreamSynchronize(stream_), "running a step"); }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+// A step's kernels, recorded once and started together.
+class Graph {
+ public:
+  // Records what `enqueue` starts on the stream.
+  template <class F>
+  Graph(cudaStream_t stream, F enqueue) {
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a step");
+    cudaGraph_t graph = nullptr;
+    try {
+      enqueue();
+    } catch (...) {
+      static_cast<void>(cudaStreamEndCapture(stream, &graph));
+      if (graph) static_cast<void>(cudaGraphDestroy(graph));
+      throw;
+    }
+    check(cudaStreamEndCapture(stream, &graph), "recording a step");
+    const cudaError_t error = cudaGraphInstantiate(&exec_, graph, 0);
+    static_cast<void>(cudaGraphDestroy(graph));
+    check(error, "preparing a recorded step");
+  }
+  ~Graph() { static_cast<void>(cudaGraphExecDestroy(exec_)); }
+  Graph(const Graph&) = delete;
+
+  void launch(cudaStream_t stream) const { check(cudaGraphLaunch(exec_, stream), "starting a step"); }
+
+ private:
+  cudaGraphExec_t exec_ = nullptr;
+};
+
+}  // namespace dive::cuda

@@ -1,0 +1,382 @@
+#include "cuda/step.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "cuda/kernels.h"
+#include "cuda/memory.h"
+#include "engine/check.h"
+
+namespace dive::cuda {
+namespace {
+
+using engine::Layer;
+using engine::Norm;
+using engine::Plan;
+using engine::StepRow;
+static_assert(kMostRows == engine::kMostRows);
+
+enum Place { kAttention, kBlock, kPlaces };
+
+const std::vector<std::optional<engine::Steering>>& sites(const engine::Adapter& adapter, int place) {
+  return place == kBlock ? adapter.block : adapter.attention;
+}
+
+Matrix matrix_of(const engine::Weight& w) {
+  return {w.data, w.bias, w.row_stride, static_cast<std::int32_t>(w.rows), static_cast<std::int32_t>(w.columns)};
+}
+
+NormWeight norm_of(const Norm& norm) { return {norm.weight, norm.eps}; }
+
+// Cache blocks in the device's memory.
+class DeviceMemory final : public engine::CacheMemory {
+ public:
+  DeviceMemory(int device, cudaStream_t stream) : device_(device), stream_(stream) {}
+
+  std::byte* allocate(std::size_t bytes) override {
+    const CurrentDevice current(device_);
+    return static_cast<std::byte*>(cuda::allocate(bytes, "keys and values"));
+  }
+
+  void release(std::byte* memory) override { static_cast<void>(cudaFree(memory)); }
+
+  // Prompts are computed on streams that are not known here.
+  void begin_copies() override {
+    const CurrentDevice current(device_);
+    check(cudaDeviceSynchronize(), "waiting for a prompt");
+  }
+
+  void copy(const std::byte* from, std::int64_t from_head, std::int64_t from_position, std::byte* to,
+            std::int64_t to_head, int heads, std::int64_t positions, std::int64_t row_bytes) override {
+    const CurrentDevice current(device_);
+    check(copy_heads(stream_, from, from_head, from_position, to, to_head, heads, static_cast<int>(positions), row_bytes),
+          "copying keys and values");
+  }
+
+  void end_copies() override {
+    const CurrentDevice current(device_);
+    check(cudaStreamSynchronize(stream_), "copying keys and values");
+  }
+
+ private:
+  const int device_;
+  const cudaStream_t stream_;
+};
+
+class CudaStepper final : public engine::Stepper {
+ public:
+  CudaStepper(const Plan& plan, int max_rows, int device)
+      : plan_(plan), max_rows_(max_rows), device_(device), dtype_(plan.cache_dtype), memory_(device, stream_) {
+    const std::size_t rows = static_cast<std::size_t>((max_rows + kRowTile - 1) / kRowTile * kRowTile);
+    const std::size_t D = plan.hidden_size, queries = std::size_t(plan.heads) * plan.head_size;
+    const std::size_t keys = std::size_t(plan.kv_heads) * plan.head_size, half = plan.head_size / 2;
+    const char* const what = "a step's activations";
+    const auto floats = [&](std::size_t count) { return DeviceArray<float>(count, what); };
+    // What products read has rows up to a whole tile, which are computed with and never looked at.
+    const auto activations = [&](std::size_t columns) {
+      DeviceArray<std::byte> array(rows * columns * cpu::size_of(dtype_), what);
+      check(cudaMemset(array.data(), 0, array.size()), what);
+      return array;
+    };
+    rows_ = DeviceArray<Row>(max_rows, what);
+    staged_rows_ = PinnedArray<Row>(max_rows);
+    residual_ = floats(max_rows * D);
+    update_ = floats(max_rows * D);
+    q_ = floats(max_rows * queries);
+    k_ = floats(max_rows * keys);
+    v_ = floats(max_rows * keys);
+    normed_ = activations(D);
+    attended_ = activations(queries);
+    inner_ = activations(plan.intermediate_size);
+    pieces_ = floats(max_rows * plan.heads * std::size_t(kMostPieces) * (plan.head_size + 2));
+    tickets_ = zeroed_tickets(std::size_t(max_rows) * (plan.heads + 1));
+    logits_ = DeviceArray<float>(max_rows * std::size_t(plan.vocabulary), "logits");
+    host_logits_ = PinnedArray<float>(max_rows * std::size_t(plan.vocabulary));
+    likeliest_ = DeviceArray<std::int64_t>(max_rows, what);
+    host_likeliest_ = PinnedArray<std::int64_t>(max_rows);
+    cosine_ = floats(plan.ropes.size() * max_rows * half);
+    sine_ = floats(plan.ropes.size() * max_rows * half);
+    upload_ropes();
+    upload_adapters();
+    make_tables(16);
+  }
+
+  engine::CacheMemory& memory() override { return memory_; }
+
+  void step(const std::vector<StepRow>& rows,
+            const std::function<void(std::size_t, float*, std::int64_t)>& with_logits) override {
+    if (rows.empty() || rows.size() > static_cast<std::size_t>(max_rows_)) throw std::logic_error("step: bad row count");
+    const CurrentDevice current(device_);
+    const int batch = static_cast<int>(rows.size()), turns = stage(rows);
+    auto& graph = graphs_[{batch, turns}];
+    if (!graph) graph = std::make_unique<Graph>(stream_, [&] { enqueue(batch, turns); });
+    graph->launch(stream_);
+    const std::size_t count = rows.size() * plan_.vocabulary;
+    copy(host_logits_.data(), logits_.data(), count * sizeof(float));
+    copy(host_likeliest_.data(), likeliest_.data(), rows.size() * sizeof(std::int64_t));
+    stream_.wait();
+    for (std::size_t b = 0; b < rows.size(); ++b) {
+      with_logits(b, host_logits_.data() + b * plan_.vocabulary, host_likeliest_[b]);
+    }
+  }
+
+ private:
+  void copy(void* to, const void* from, std::size_t bytes) {
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_), "copying a step's rows");
+  }
+
+  static DeviceArray<unsigned> zeroed_tickets(std::size_t count) {
+    DeviceArray<unsigned> tickets(count, "a step's tickets");
+    check(cudaMemset(tickets.data(), 0, count * sizeof(unsigned)), "a step's tickets");
+    return tickets;
+  }
+
+  template <class T>
+  static DeviceArray<T> uploaded(const std::vector<T>& values, const char* what) {
+    DeviceArray<T> array(values.size(), what);
+    check(cudaMemcpy(array.data(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), what);
+    return array;
+  }
+
+  void upload_ropes() {
+    std::vector<float> frequencies, scaling;
+    for (const engine::Rope& rope : plan_.ropes) {
+      frequencies.insert(frequencies.end(), rope.inverse_frequency.begin(), rope.inverse_frequency.end());
+      scaling.push_back(rope.scaling);
+    }
+    frequencies_ = uploaded(frequencies, "rope frequencies");
+    scaling_ = uploaded(scaling, "rope frequencies");
+  }
+
+  // [adapters][layers][places]
+  void upload_adapters() {
+    acts_.assign(plan_.layers.size() * kPlaces, false);
+    if (plan_.adapters.empty()) return;
+    std::vector<Steering> steerings;
+    for (const engine::Adapter& adapter : plan_.adapters) {
+      for (std::size_t l = 0; l < plan_.layers.size(); ++l) {
+        for (int place = 0; place < kPlaces; ++place) {
+          const auto& site = sites(adapter, place)[l];
+          steerings.push_back(site ? steering_of(*site) : absent());
+          if (!site) continue;
+          acts_[l * kPlaces + place] = true;
+          most_rank_ = std::max(most_rank_, static_cast<int>(site->rank));
+        }
+      }
+    }
+    steerings_ = uploaded(steerings, "adapters");
+    const std::size_t rows = max_rows_, D = plan_.hidden_size;
+    hidden_ = DeviceArray<float>(rows * D, "adapters");
+    activated_ = DeviceArray<float>(rows * std::max(most_rank_, 1), "adapters");
+    gates_ = DeviceArray<float>(rows, "adapters");
+    make_turns(1);
+  }
+
+  static Steering absent() {
+    Steering none{};
+    none.rank = -1;
+    return none;
+  }
+
+  static Steering steering_of(const engine::Steering& s) {
+    return {.rank = static_cast<std::int32_t>(s.rank),
+            .columns = static_cast<std::int32_t>(s.matrices.columns),
+            .matrices = s.matrices.data,
+            .dtype = s.matrices.dtype,
+            .activation = s.activation,
+            .bias = s.bias,
+            .static_push = s.static_push,
+            .gate_direction = s.gate_direction,
+            .alpha = s.alpha,
+            .gate_offset = s.gate_offset,
+            .normalize_input = s.normalize_input,
+            .preserve_norm = s.preserve_norm};
+  }
+
+  // Recorded steps hold these addresses.
+  void make_turns(std::size_t turns) {
+    graphs_.clear();
+    adapters_ = DeviceArray<std::int32_t>(turns * max_rows_, "adapters");
+    staged_adapters_ = PinnedArray<std::int32_t>(turns * max_rows_);
+  }
+
+  void make_tables(std::size_t blocks) {
+    graphs_.clear();
+    blocks_ = DeviceArray<std::byte*>(max_rows_ * blocks, "block tables");
+    staged_blocks_ = PinnedArray<std::byte*>(max_rows_ * blocks);
+    std::vector<std::byte* const*> tables;
+    for (int b = 0; b < max_rows_; ++b) tables.push_back(blocks_.data() + b * blocks);
+    tables_ = uploaded(tables, "block tables");
+  }
+
+  // Puts what the step is to run where the device finds it; returns the number of adapters in turn.
+  int stage(const std::vector<StepRow>& rows) {
+    std::size_t turns = 0, blocks = 0;
+    for (const StepRow& row : rows) {
+      turns = std::max(turns, row.adapters->size());
+      blocks = std::max(blocks, static_cast<std::size_t>(row.position / cpu::kCacheBlock + 1));
+    }
+    if (turns * max_rows_ > adapters_.size()) make_turns(turns);
+    const std::size_t capacity = blocks_.size() / max_rows_;
+    if (blocks > capacity) make_tables(std::max(blocks, 2 * capacity));
+    const std::size_t width = blocks_.size() / max_rows_;
+    for (std::size_t b = 0; b < rows.size(); ++b) {
+      const StepRow& row = rows[b];
+      staged_rows_[b] = {row.token, static_cast<std::int32_t>(row.position),
+                         static_cast<std::int32_t>(row.rope_position)};
+      for (std::size_t turn = 0; turn < turns; ++turn) {
+        staged_adapters_[turn * max_rows_ + b] = turn < row.adapters->size() ? (*row.adapters)[turn] : -1;
+      }
+      std::copy_n(row.cache->blocks(), row.position / cpu::kCacheBlock + 1, staged_blocks_.data() + b * width);
+    }
+    copy(rows_.data(), staged_rows_.data(), rows.size() * sizeof(Row));
+    if (turns) copy(adapters_.data(), staged_adapters_.data(), turns * max_rows_ * sizeof(std::int32_t));
+    copy(blocks_.data(), staged_blocks_.data(), rows.size() * width * sizeof(std::byte*));
+    return static_cast<int>(turns);
+  }
+
+  void enqueue(int batch, int turns) {
+    const Begin start{rows_.data(), plan_.embedding.data, plan_.embedding.row_stride, plan_.embedding_scale, hidden_size(),
+                      residual_.data(), frequencies_.data(), scaling_.data(), static_cast<int>(plan_.ropes.size()),
+                      plan_.head_size / 2, cosine_.data(), sine_.data(), max_rows_};
+    check(begin(stream_, dtype_, start, batch), "embedding tokens");
+    normalize({}, nullptr, plan_.layers[0].input, batch);
+    for (std::size_t l = 0; l < plan_.layers.size(); ++l) {
+      const Layer& layer = plan_.layers[l];
+      attend(layer, l, batch);
+      arrive(l, kAttention, layer.post_attention, layer.mlp, batch, turns);
+      check(project_gated(stream_, dtype_, plan_.activation, matrix_of(layer.gate_proj), matrix_of(layer.up_proj),
+                          normed_.data(), batch, inner_.data()),
+            "the MLP's first product");
+      multiply({&layer.down_proj}, inner_.data(), batch, {update_.data()}, "the MLP's second product");
+      const bool last = l + 1 == plan_.layers.size();
+      arrive(l, kBlock, layer.post_mlp, last ? plan_.final_norm : plan_.layers[l + 1].input, batch, turns);
+    }
+    multiply({&plan_.head}, normed_.data(), batch, {logits_.data()}, "the head");
+    check(finish(stream_, logits_.data(), plan_.vocabulary, plan_.logit_softcap, likeliest_.data(), batch), "the logits");
+  }
+
+  int hidden_size() const { return static_cast<int>(plan_.hidden_size); }
+
+  void multiply(const std::vector<const engine::Weight*>& weights, const void* x, int batch,
+                const std::vector<float*>& outputs, const char* doing) {
+    std::vector<Matrix> matrices;
+    for (const engine::Weight* weight : weights) matrices.push_back(matrix_of(*weight));
+    check(project(stream_, dtype_, matrices.data(), static_cast<int>(matrices.size()), x, batch, outputs.data()), doing);
+  }
+
+  void attend(const Layer& layer, std::size_t l, int batch) {
+    multiply({&layer.q_proj, &layer.k_proj, &layer.v_proj}, normed_.data(), batch, {q_.data(), k_.data(), v_.data()},
+             "queries, keys and values");
+    const std::size_t angles = std::size_t(layer.rope) * max_rows_ * (plan_.head_size / 2);
+    const std::int64_t slab = std::int64_t{plan_.kv_heads} * cpu::kCacheBlock * plan_.head_size * cpu::size_of(dtype_);
+    const Attention attention{rows_.data(), q_.data(), k_.data(), v_.data(), norm_of(layer.q), norm_of(layer.k),
+                              cosine_.data() + angles, sine_.data() + angles, tables_.data(),
+                              static_cast<std::int64_t>(2 * l) * slab, static_cast<std::int64_t>(2 * l + 1) * slab,
+                              plan_.heads, plan_.kv_heads, plan_.head_size, static_cast<int>(layer.window),
+                              plan_.attention_scale, plan_.attention_softcap, pieces_.data(), tickets_.data(),
+                              attended_.data()};
+    check(cuda::attention(stream_, dtype_, attention, batch), "attention");
+    multiply({&layer.o_proj}, attended_.data(), batch, {update_.data()}, "the attention's output");
+  }
+
+  // The update reaches the residual stream, is steered there, and the next norm follows.
+  void arrive(std::size_t l, Place place, const Norm& post, const Norm& next, int batch, int turns) {
+    if (turns == 0 || !acts_[l * kPlaces + place]) return normalize(post, update_.data(), next, batch);
+    for (int turn = 0; turn < turns; ++turn) {
+      const bool first = turn == 0, last = turn + 1 == turns;
+      const Steer arguments{residual_.data(), first ? update_.data() : nullptr, norm_of(post),
+                            last ? norm_of(next) : NormWeight{}, normed_.data(), hidden_size(), most_rank_,
+                            steerings_.data() + l * kPlaces + place,
+                            static_cast<std::int64_t>(plan_.layers.size() * kPlaces),
+                            adapters_.data() + turn * max_rows_, hidden_.data(), activated_.data(), gates_.data(),
+                            tickets_.data() + std::size_t(max_rows_) * plan_.heads};
+      check(steer(stream_, dtype_, arguments, batch), "steering");
+    }
+  }
+
+  void normalize(const Norm& post, const float* update, const Norm& next, int batch) {
+    const AddNorm arguments{residual_.data(), update, norm_of(post), norm_of(next), normed_.data(), hidden_size()};
+    check(add_norm(stream_, dtype_, arguments, batch), "a norm");
+  }
+
+  const Plan& plan_;
+  const int max_rows_, device_;
+  const DType dtype_;
+  OwnStream stream_;
+  DeviceMemory memory_;
+  DeviceArray<Row> rows_;
+  PinnedArray<Row> staged_rows_;
+  DeviceArray<float> residual_, update_, q_, k_, v_, pieces_, logits_, cosine_, sine_, frequencies_, scaling_;
+  DeviceArray<std::byte> normed_, attended_, inner_;
+  DeviceArray<unsigned> tickets_;  // [B][H] of attention, [B] of steering
+  PinnedArray<float> host_logits_;
+  DeviceArray<std::int64_t> likeliest_;
+  PinnedArray<std::int64_t> host_likeliest_;
+  DeviceArray<std::byte*> blocks_;  // [B][blocks of the longest row]
+  PinnedArray<std::byte*> staged_blocks_;
+  DeviceArray<std::byte* const*> tables_;  // [B], into blocks_
+  std::vector<bool> acts_;  // [layers][places]: some adapter does
+  int most_rank_ = 0;
+  DeviceArray<Steering> steerings_;
+  DeviceArray<float> hidden_, activated_, gates_;
+  DeviceArray<std::int32_t> adapters_;  // [turns][B]
+  PinnedArray<std::int32_t> staged_adapters_;
+  std::map<std::pair<int, int>, std::unique_ptr<Graph>> graphs_;  // by rows and turns
+};
+
+bool multiple_of_eight(std::int64_t x) { return x % 8 == 0; }
+
+// Why a matrix cannot be read 16 bytes at a time.
+std::string refusal(const std::string& part, const engine::Weight& w, DType dtype) {
+  if (w.scales) return part + " is int8";
+  if (w.dtype != dtype) return part + " has another dtype than the others";
+  const bool aligned = reinterpret_cast<std::uintptr_t>(w.data) % 16 == 0;
+  if (!aligned || !multiple_of_eight(w.columns) || !multiple_of_eight(w.row_stride)) {
+    return part + " has rows that do not begin at multiples of 16 bytes";
+  }
+  return {};
+}
+
+}  // namespace
+
+std::string refusal(const Plan& plan) {
+  if (plan.head_size > 256 || !multiple_of_eight(plan.head_size)) {
+    return "heads of " + std::to_string(plan.head_size) + ", expected a multiple of 8 up to 256";
+  }
+  std::vector<std::pair<std::string, const engine::Weight*>> matrices{{"the embedding", &plan.embedding},
+                                                                     {"the head", &plan.head}};
+  for (std::size_t l = 0; l < plan.layers.size(); ++l) {
+    const Layer& layer = plan.layers[l];
+    const std::pair<const char*, const engine::Weight*> own[] = {
+        {"q_proj", &layer.q_proj},       {"k_proj", &layer.k_proj},   {"v_proj", &layer.v_proj}, {"o_proj", &layer.o_proj},
+        {"gate_proj", &layer.gate_proj}, {"up_proj", &layer.up_proj}, {"down_proj", &layer.down_proj}};
+    for (const auto& [name, weight] : own) matrices.emplace_back("layer " + std::to_string(l) + ": " + name, weight);
+  }
+  for (const auto& [part, weight] : matrices) {
+    if (std::string reason = refusal(part, *weight, plan.cache_dtype); !reason.empty()) return reason;
+  }
+  for (const engine::Adapter& adapter : plan.adapters) {
+    for (const auto* places : {&adapter.attention, &adapter.block}) {
+      for (const auto& site : *places) {
+        if (site && reinterpret_cast<std::uintptr_t>(site->matrices.data) % 16 != 0) return "an adapter is not aligned";
+      }
+    }
+  }
+  return {};
+}
+
+std::unique_ptr<engine::Stepper> make_stepper(const Plan& plan, int max_rows, int device) {
+  if (max_rows < 1 || max_rows > kMostRows) throw std::invalid_argument("max_rows: expected 1 to 64");
+  if (const std::string reason = refusal(plan); !reason.empty()) throw std::invalid_argument("plan: " + reason);
+  const CurrentDevice current(device);
+  return std::make_unique<CudaStepper>(plan, max_rows, device);
+}
+
+}  // namespace dive::cuda
