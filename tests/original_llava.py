@@ -1,4 +1,4 @@
-"""Checkpoint folders as LLaVA's own code writes them: its key names and settings, random weights, an invented vocabulary.
+"""Checkpoint folders as LLaVA's own code writes them: its key names and settings, random weights, invented words.
 
 The names are those of llava/model/llava_arch.py and language_model/llava_{mistral,qwen2}.py (haotian-liu/LLaVA,
 microsoft/LLaVA-Med, FreedomIntelligence/HuatuoGPT-Vision), the settings those that llava/train/train.py leaves in

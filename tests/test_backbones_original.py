@@ -17,7 +17,6 @@ from tests.original_llava import (
     MISTRAL,
     QWEN,
     VISION,
-    qwen_tokenizer,
     sentencepiece_tokenizer,
     write_original,
 )
@@ -194,7 +193,10 @@ REFUSED = {
     "a projector of another kind": ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'.*'mlp2x_gelu'"),
     "patches merged": ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
     "image borders": ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
-    "another select": ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature is 'cls'.*'patch' or 'cls_patch'"),
+    "another select": (
+        {"mm_vision_select_feature": "cls"},
+        "mm_vision_select_feature is 'cls'.*'patch' or 'cls_patch'",
+    ),
     "another width": ({"mm_hidden_size": 17}, "mm_hidden_size is 17.*16"),
     "no tower named": ({"mm_vision_tower": None}, "names no mm_vision_tower"),
     "no such tower": ({"mm_vision_tower": "./vit/other"}, "mm_vision_tower '.*vit/other' was not found"),
@@ -272,8 +274,10 @@ def test_a_whole_clip_folder_serves_as_the_tower(tmp_path):
 
     expected, tokenizer = write_original(tmp_path, tower=False)
     folder = tmp_path / "vit" / "clip"
-    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
-    whole = CLIPModel(CLIPConfig(text_config=small, vision_config=expected.config.vision_config.to_dict()))
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    whole = CLIPModel(
+        CLIPConfig(text_config=small | {"vocab_size": 9}, vision_config=expected.config.vision_config.to_dict())
+    )
     prefix = "vision_model." if any(k.startswith("vision_model.vision_model.") for k in whole.state_dict()) else ""
     state = {f"vision_model.{prefix}{k}": v for k, v in expected.model.vision_tower.state_dict().items()}
     state = {k if k in whole.state_dict() else k.removeprefix("vision_model."): v for k, v in state.items()}
@@ -320,7 +324,7 @@ def test_it_trains_and_generates_on_both_engines(tmp_path, kind):
         processor=processor,
         steering=dive_fast.DiveConfig(r=4),
         teacher=dive_fast.Teacher(shots=1),
-        args={"max_steps": 2, "per_device_train_batch_size": 2, "disable_tqdm": True, "report_to": "none"},
+        args={"max_steps": 2, "per_device_train_batch_size": 2, "disable_tqdm": True},
     )
     loaded = dive_fast.load(str(tmp_path / "base"), result.adapter_dir, dtype="float32")
     native, whole = (

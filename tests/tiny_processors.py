@@ -20,6 +20,7 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
     Qwen2Config,
@@ -165,12 +166,14 @@ _SQUARE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 
 def tokenizer_of(tokens: Tokens):
     """A fast tokenizer with the family's special tokens; one with a BOS writes it in front, as Llama's does."""
-    from transformers import PreTrainedTokenizerFast
-
     backend = tiny_tokenizer().backend_tokenizer
-    options = {"eos_token": tokens.eos, "pad_token": "<|endoftext|>"} | ({"bos_token": tokens.bos} if tokens.bos else {})
+    options = {"bos_token": tokens.bos} if tokens.bos else {}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, extra_special_tokens=dict(tokens.named), **options
+        tokenizer_object=backend,
+        eos_token=tokens.eos,
+        pad_token="<|endoftext|>",
+        extra_special_tokens=dict(tokens.named),
+        **options,
     )
     tokenizer.add_tokens(list(tokens.others), special_tokens=True)
     if tokens.bos:
@@ -193,7 +196,9 @@ def processor_of(family: str):
         "llava_next": lambda **o: LlavaNextProcessor(
             LlavaNextImageProcessorPil(**clip, image_grid_pinpoints=pinpoints), tokenizer, **llava, **o
         ),
-        "qwen2_5_vl": lambda **o: without_videos(Qwen2_5_VLProcessor)(Qwen2VLImageProcessorPil(**pixels), tokenizer, **o),
+        "qwen2_5_vl": lambda **o: without_videos(Qwen2_5_VLProcessor)(
+            Qwen2VLImageProcessorPil(**pixels), tokenizer, **o
+        ),
         "qwen3_vl": lambda **o: without_videos(Qwen3VLProcessor)(Qwen2VLImageProcessorPil(**pixels), tokenizer, **o),
         "gemma3": lambda **o: Gemma3Processor(Gemma3ImageProcessorPil(**square), tokenizer, image_seq_length=4, **o),
         "idefics3": lambda **o: Idefics3Processor(Idefics3ImageProcessorPil(**tiles), tokenizer, image_seq_len=4, **o),
@@ -243,7 +248,8 @@ def config_of(family: str, tokenizer):
     mrope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     qwen_vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
     qwen_vision |= {"patch_size": 8}
-    qwen = {"image_token_id": image, "vision_start_token_id": token("<|vision_start|>"), "video_token_id": token("<|video_pad|>")}
+    qwen = {"image_token_id": image, "video_token_id": token("<|video_pad|>")}
+    qwen["vision_start_token_id"] = token("<|vision_start|>")
     utterances = {"vision_config": vision_sizes(), "scale_factor": 2, "image_token_id": image, "pad_token_id": 0}
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     return {

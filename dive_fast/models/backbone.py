@@ -13,8 +13,8 @@ from dive_fast.models.llava_original import load_llava_original
 from dive_fast.models.processors import load_processor
 
 OWN_LOADERS = {"llava_mistral": load_llava_original, "llava_qwen2": load_llava_original}
-"""`model_type` that transformers' auto classes do not know -> (name, content of config.json, dtype) -> (model, processor).
-"""
+"""`model_type` that transformers' auto classes do not know -> what loads it: (name, content of config.json, dtype) to
+(model, processor)."""
 
 
 def load_backbone(name_or_path: str, *, dtype: torch.dtype | str | None = None, progress: bool = False):
@@ -76,8 +76,8 @@ def _load_pretrained(name: str, dtype):
         config = None if own is not None else AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"model: {name!r} is neither a built-in model (smollm2), nor a folder with a config.json of an architecture "
-            f"that transformers knows, nor a hub id that can be reached ({str(error).splitlines()[0]})"
+            f"model: {name!r} is neither a built-in model (smollm2), nor a folder with a config.json of a known "
+            f"architecture, nor a hub id that can be reached ({str(error).splitlines()[0]})"
         ) from error
     try:
         if own is not None:

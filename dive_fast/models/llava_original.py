@@ -32,8 +32,8 @@ IMAGE_TOKEN = "<image>"
 # What a message says: its parts in their order, `image` for each image; or a plain text.
 _SAID = (
     "{% set said %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ image }}{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{% endset %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ image }}{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{% endif %}{% endset %}"
 )
 
 
@@ -205,7 +205,9 @@ def _load_weights(name: str, config, dtype, tower: str, subfolder: str):
     }
     found = [f"{kind}: {', '.join(sorted(keys)[:3])} ({len(keys)})" for kind, keys in problems.items() if keys]
     if found:
-        raise InputError(f"model: the weights of {name!r} are not those that its config.json tells of; {'; '.join(found)}")
+        raise InputError(
+            f"model: the weights of {name!r} are not those that its config.json tells of; {'; '.join(found)}"
+        )
     return model
 
 
