@@ -1,5 +1,7 @@
 """Vision-language families with their own processors: prompts, images, teachers, training, both engines, what ends."""
 
+import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -9,7 +11,7 @@ from transformers import AutoConfig
 from transformers.models.smolvlm import processing_smolvlm
 
 import dive_fast
-from dive_fast.data import Record, generated_films
+from dive_fast.data import Record, generated_films, load_films
 from dive_fast.data.collator import ReportCollator
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.errors import InputError
@@ -21,6 +23,7 @@ from tests.tiny_models import randomize_adapters
 from tests.tiny_processors import TOKENS, tiny_backbone
 
 FILMS = generated_films(6)
+REAL_FILMS = Path(__file__).parents[2] / "shared" / "data" / "cxr_pairs"
 ENGINES = ("native", "transformers")
 QUICK = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "disable_tqdm": True}
 
@@ -126,6 +129,16 @@ def test_engines_agree_with_images_steered_and_not(backbone, scope):
         backbone.model = steered.unload()
 
 
+def test_films_of_real_size_and_shape(backbone):
+    """Chest films where their folder is there; else drawn ones, one of them cut to a portrait."""
+    if REAL_FILMS.is_dir():
+        films = load_films(REAL_FILMS)[:2]
+    else:
+        square, wide = generated_films(2, size=256)
+        films = [square, dataclasses.replace(wide, images=(wide.images[0].crop((0, 0, 180, 256)),))]
+    assert_engines_agree(backbone.model, films, processor=backbone.processor)
+
+
 def test_films_matter(backbone):
     """Another film gives other logits; the same film as a demonstration gives others again."""
     encoder = ReportEncoder(backbone.processor)
@@ -208,6 +221,9 @@ def test_a_model_that_reads_text_refuses_films():
 
 def test_folders_that_are_no_backbone(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "chexpert_net"}')
+    with pytest.raises(InputError, match="config.json of a known architecture"):
+        load_backbone(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
     with pytest.raises(InputError, match="config.json of a known architecture"):
         load_backbone(str(tmp_path))
     tiny_llama().save_pretrained(tmp_path)

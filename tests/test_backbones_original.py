@@ -94,6 +94,27 @@ def test_spare_rows_of_the_head_make_room_for_the_image_token(tmp_path):
     assert torch.equal(model.get_input_embeddings().weight, expected.get_input_embeddings().weight)
 
 
+def test_a_class_token_is_one_token_more(tmp_path):
+    expected, tokenizer = write_original(tmp_path, mm_vision_select_feature="cls_patch", mm_vision_select_layer=-1)
+    model, processor = load_backbone(str(tmp_path), dtype="float32")
+    batch = ReportEncoder(processor).prompts([Record("a", "What?", "clear.", (FILM,))])
+    image = processor.image_token_id
+    assert (batch["input_ids"] == image).sum() == 17
+    expected.config.vision_feature_layer = -1
+    expected.config.vision_feature_select_strategy = "full"
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits[..., :image], logits_without_a_row(expected, batch, image))
+
+
+def test_a_head_stored_beside_the_embedding_it_is_tied_to(tmp_path):
+    def same(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    write_original(tmp_path, tie_word_embeddings=True, change=same)
+    model, _ = load_backbone(str(tmp_path), dtype="float32")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
 def test_dtypes(tmp_path):
     expected, _ = write_original(tmp_path, dtype=torch.bfloat16)
     for dtype, wanted in ((None, torch.bfloat16), ("float16", torch.float16)):
@@ -198,6 +219,8 @@ REFUSED = {
         "mm_vision_select_feature is 'cls'.*'patch' or 'cls_patch'",
     ),
     "another width": ({"mm_hidden_size": 17}, "mm_hidden_size is 17.*16"),
+    "a head that is not the embedding": ({"tie_word_embeddings": True}, "lm_head.weight, which is not the embedding"),
+    "a width that is no number": ({"hidden_size": "big"}, "could not be loaded as llava_mistral: .*hidden_size"),
     "no tower named": ({"mm_vision_tower": None}, "names no mm_vision_tower"),
     "no such tower": ({"mm_vision_tower": "./vit/other"}, "mm_vision_tower '.*vit/other' was not found"),
 }

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.utils import logging
@@ -74,10 +75,11 @@ def _load_pretrained(name: str, dtype):
         raw, _ = PreTrainedConfig.get_config_dict(name)
         own = OWN_LOADERS.get(raw.get("model_type"))
         config = None if own is not None else AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    # AttributeError where config.json is JSON, but no object.
+    except (OSError, ValueError, AttributeError, StrictDataclassError) as error:
         raise InputError(
             f"model: {name!r} is neither a built-in model (smollm2), nor a folder with a config.json of a known "
-            f"architecture, nor a hub id that can be reached ({str(error).splitlines()[0]})"
+            f"architecture, nor a hub id that can be reached ({' '.join(str(error).split())[:200]})"
         ) from error
     try:
         if own is not None:
@@ -86,8 +88,8 @@ def _load_pretrained(name: str, dtype):
         return auto.from_pretrained(name, dtype=dtype), load_processor(name, config)
     except InputError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         why = " ".join(str(error).split())
         raise InputError(
-            f"model: {name!r} could not be loaded as {raw['model_type']}: {why}; is the folder whole?"
+            f"model: {name!r} could not be loaded as {raw.get('model_type')}: {why}; is the folder whole?"
         ) from error

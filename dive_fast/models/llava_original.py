@@ -22,6 +22,7 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
 )
+from transformers.utils import logging
 
 from dive_fast.errors import InputError
 from dive_fast.models.weight_files import read_weights
@@ -154,8 +155,9 @@ def _llava_config(raw: dict, text, vision) -> LlavaConfig:
     expected = {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": tuple(_SELECTED)}
     expected |= {"mm_hidden_size": (vision.hidden_size,), "mm_use_im_start_end": (False,)}
     expected |= {"mm_patch_merge_type": ("flat",), "mm_vision_select_layer": tuple(range(-vision.num_hidden_layers, 0))}
-    # What LLaVA's code takes where a setting is left out.
-    raw = {"mm_vision_select_feature": "patch", "mm_vision_select_layer": -2} | raw
+    # What LLaVA's code takes where a setting is left out or null.
+    given = {key: value for key, value in raw.items() if value is not None}
+    raw = {"mm_vision_select_feature": "patch", "mm_vision_select_layer": -2} | given
     for key, values in expected.items():
         if raw.get(key, values[0]) not in values:
             raise InputError(
@@ -185,21 +187,25 @@ def _load_weights(name: str, config, dtype, tower: str, subfolder: str):
             continue
         if before is None:
             unknown.append(key)
-        elif before == "lm_head." and config.tie_word_embeddings:
-            continue  # stored a second time
         else:
             weights[_RENAMED[before] + key.removeprefix(before)] = tensor
+    if config.tie_word_embeddings and "lm_head.weight" in weights:
+        head = weights.pop("lm_head.weight")
+        if not torch.equal(head, weights.get("model.language_model.embed_tokens.weight", head)):
+            unknown.append("lm_head.weight, which is not the embedding that tie_word_embeddings makes it")
     if not has_tower:
         own = _tower_weights(tower, subfolder)
         weights |= {f"model.vision_tower.{key}": tensor for key, tensor in own.items()}
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing or left over is an error below, under its own name
     try:
         model, info = LlavaForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except RuntimeError as error:
-        raise InputError(f"model: the weights of {name!r} do not load: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        logging.set_verbosity(shown)
     problems = {
-        "unknown": [*unknown, *info["unexpected_keys"]],
+        "unknown": [*unknown, *map(_original_name, info["unexpected_keys"])],
         "missing": [_original_name(key) for key in info["missing_keys"]],
         "of another shape": [_original_name(entry[0]) for entry in info["mismatched_keys"]],
     }
