@@ -75,8 +75,8 @@ def _load_pretrained(name: str, dtype):
         raw, _ = PreTrainedConfig.get_config_dict(name)
         own = OWN_LOADERS.get(raw.get("model_type"))
         config = None if own is not None else AutoConfig.from_pretrained(name)
-    # AttributeError where config.json is JSON, but no object.
-    except (OSError, ValueError, AttributeError, StrictDataclassError) as error:
+    # AttributeError or TypeError where config.json is JSON, but no object.
+    except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
         raise InputError(
             f"model: {name!r} is neither a built-in model (smollm2), nor a folder with a config.json of a known "
             f"architecture, nor a hub id that can be reached ({' '.join(str(error).split())[:200]})"
