@@ -14,6 +14,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3VLConfig,
     SiglipVisionConfig,
     SmolVLMConfig,
 )
@@ -82,6 +83,28 @@ def _qwen2_5_vl():
     )
 
 
+def _qwen3_vl():
+    text = {**_SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 8,
+        "num_position_embeddings": 16,
+        # Features of both vision layers are added behind the first two decoder layers.
+        "deepstack_visual_indexes": [0, 1],
+    }
+    return Qwen3VLConfig(
+        text_config={**text, "head_dim": 8},
+        vision_config=vision,
+        image_token_id=IMAGE_TOKEN,
+        vision_start_token_id=61,
+        vision_end_token_id=62,
+    )
+
+
 def _idefics(cls):
     return cls(
         text_config=LlamaConfig(**_SIZES),
@@ -114,11 +137,12 @@ FAMILIES = {
     "gemma3": _gemma3_text,
     "llava": _llava,
     "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
     "idefics3": lambda: _idefics(Idefics3Config),
     "smolvlm": lambda: _idefics(SmolVLMConfig),
     "gemma3_vl": _gemma3_vl,
 }
-VISION_FAMILIES = ("llava", "qwen2_5_vl", "idefics3", "smolvlm", "gemma3_vl")
+VISION_FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "gemma3_vl")
 
 
 def tiny_model(family: str, dtype=torch.float32, seed: int = 0):
@@ -155,11 +179,12 @@ def image_inputs(family: str, input_ids: torch.Tensor, seed: int = 3) -> dict:
         "llava": (rows, 3, 16, 16),
         "gemma3_vl": (rows, 3, 16, 16),
         "qwen2_5_vl": (rows * 16, 3 * 2 * 8 * 8),
+        "qwen3_vl": (rows * 16, 3 * 2 * 8 * 8),
         "idefics3": (rows, 1, 3, 16, 16),
         "smolvlm": (rows, 1, 3, 16, 16),
     }[family]
     inputs = {"pixel_values": torch.randn(shape, generator=generator)}
-    if family == "qwen2_5_vl":
+    if family in ("qwen2_5_vl", "qwen3_vl"):
         inputs |= {"image_grid_thw": torch.tensor([[1, 4, 4]] * rows), "mm_token_type_ids": is_image}
     elif family == "gemma3_vl":
         inputs["token_type_ids"] = is_image

@@ -53,8 +53,14 @@ class ReportEncoder:
         processor: a fast tokenizer, or a processor that holds one (`processor.tokenizer`).
         context_length: tokens the model can see; None: no limit is checked.
 
+    Attributes:
+        end_token_id: what ends a report: the special token that the chat template writes behind an assistant's turn
+            (<|im_end|>, <end_of_turn>, <end_of_utterance>), which a chat model was trained to stop with and which need
+            not be the tokenizer's EOS (Gemma's is <eos>); the EOS where the template writes none or there is none.
+
     Raises:
-        InputError: the tokenizer gives no character offsets (not a fast one) or has no EOS token.
+        InputError: the tokenizer gives no character offsets (not a fast one) or has no EOS token; a chat template that
+            fails.
     """
 
     def __init__(self, processor, *, context_length: int | None = None):
@@ -63,20 +69,25 @@ class ReportEncoder:
         self.sees = self.tokenizer is not processor
         self.context_length = context_length
         response_tokens(self.tokenizer, "")  # refuses a tokenizer that could not serve
+        self.end_token_id = self._end_of_turn()
 
     @property
     def pad_token_id(self) -> int:
         return self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     def response(self, text: str) -> Response:
-        """The report's own tokens, then EOS."""
+        """The report's own tokens, then `end_token_id`."""
         ids, offsets = response_tokens(self.tokenizer, text)
-        return Response([*ids, self.tokenizer.eos_token_id], offsets)
+        return Response([*ids, self.end_token_id], offsets)
 
     def prompt_text(self, record, demonstrations: Sequence = ()) -> str:
         """The prompt as text: demonstrations as earlier turns, then the record's turn, then the assistant's cue.
 
-        A tokenizer without a chat template gets turns separated by blank lines.
+        A tokenizer without a chat template gets turns separated by blank lines, and a processor without one also one
+        line with its image token per image, in front of the prompt.
+
+        Raises:
+            InputError: images for a model that only reads text; image tokens that are not the record's images.
         """
         if not self.sees and any(r.images for r in (*demonstrations, record)):
             raise InputError(
@@ -84,13 +95,56 @@ class ReportEncoder:
                 "use a vision-language model, or leave the images out"
             )
         if self.processor.chat_template is None:
-            turns = [f"{demo.prompt}\n{demo.report}\n\n" for demo in demonstrations]
-            return "".join([*turns, f"{record.prompt}\n"])
+            asked = [f"{self._image_token}\n" * len(r.images) + r.prompt for r in (*demonstrations, record)]
+            turns = [f"{ask}\n{demo.report}\n\n" for ask, demo in zip(asked, demonstrations, strict=False)]
+            return self._checked("".join([*turns, f"{asked[-1]}\n"]), record, demonstrations)
         messages = []
         for demo in demonstrations:
             messages += [self._turn("user", demo.prompt, demo.images), self._turn("assistant", demo.report, ())]
         messages.append(self._turn("user", record.prompt, record.images))
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self._checked(self._apply_template(messages, cue=True), record, demonstrations)
+
+    def _apply_template(self, messages: list[dict], *, cue: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue)
+        except (TemplateError, TypeError) as error:
+            raise InputError(
+                f"processor: its chat template fails on turns of user and assistant ({error}); give it another with "
+                "processor.chat_template = ..."
+            ) from error
+
+    def _end_of_turn(self) -> int:
+        """Read off the template, whatever family it is."""
+        if self.processor.chat_template is None:
+            return self.tokenizer.eos_token_id
+        text = self._apply_template([self._turn("user", "A", ()), self._turn("assistant", "report", ())], cue=False)
+        behind = self.tokenizer(text.rpartition("report")[2].lstrip(), add_special_tokens=False)["input_ids"]
+        special = {*self.tokenizer.all_special_ids}
+        special |= {token for token, entry in self.tokenizer.added_tokens_decoder.items() if entry.special}
+        return behind[0] if behind and behind[0] in special else self.tokenizer.eos_token_id
+
+    @property
+    def _image_token(self) -> str | None:
+        """What stands for one image in a prompt's text, before the processor expands it."""
+        # Gemma's prompts have one token at an image's beginning, and others where the image is.
+        return getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", None)
+
+    def _checked(self, text: str, record, demonstrations: Sequence) -> str:
+        token, images = self._image_token, sum(len(r.images) for r in (*demonstrations, record))
+        found = images if token is None else text.count(token)
+        if found > images:
+            raise InputError(
+                f"record {record.id!r}: its prompt has {found} image tokens ({token}) for {images} images; texts must "
+                "not contain the token, images go into the record's images"
+            )
+        if found < images:
+            raise InputError(
+                f"processor: the chat template of this {type(self.processor).__name__} has room for {found} of the "
+                f"{images} images of record {record.id!r}; give it a template that writes {token} for image parts"
+            )
+        return text
 
     def _turn(self, role: str, text: str, images) -> dict:
         if not self.sees:
@@ -107,7 +161,9 @@ class ReportEncoder:
         texts = [self.prompt_text(r, d) for r, d in zip(records, demonstrations, strict=True)]
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         if self.processor.chat_template is not None:
-            options["add_special_tokens"] = False  # the template has written them
+            # As transformers has it: a tokenizer's template writes all special tokens, a processor's may leave BOS out.
+            bos = self.tokenizer.bos_token
+            options["add_special_tokens"] = self.sees and not (bos is not None and texts[0].startswith(bos))
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         images = [

@@ -325,10 +325,10 @@ def _check_rows(
 
 
 def _eos_ids(model, encoder: ReportEncoder | None) -> set[int]:
-    """The model's own EOS ids and the tokenizer's, with which reports were trained to end."""
+    """The model's own EOS ids, the tokenizer's, and what reports were trained to end with."""
     configured = getattr(unwrapped(model), "generation_config", None)
     ids = getattr(configured, "eos_token_id", None)
     found = set(ids if isinstance(ids, list) else [] if ids is None else [ids])
     if encoder is not None:
-        found.add(encoder.tokenizer.eos_token_id)
+        found |= {encoder.tokenizer.eos_token_id, encoder.end_token_id}
     return found

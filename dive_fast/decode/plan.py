@@ -56,6 +56,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2"),
     "qwen3": Family("Qwen3"),
     "qwen2_5_vl_text": Family("Qwen2_5_VL", decoder="TextModel", mlp="Qwen2MLP"),
+    "qwen3_vl_text": Family("Qwen3VLText"),
     "gemma3_text": Family("Gemma3", decoder="TextModel", norm_offset=1.0),
 }
 """Text `model_type` -> what the engine must know of it."""

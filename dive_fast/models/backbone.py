@@ -3,12 +3,19 @@
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.utils import logging
 
 from dive_fast import native
 from dive_fast.errors import InputError
+from dive_fast.models.llava_original import load_llava_original
+from dive_fast.models.processors import load_processor
+
+OWN_LOADERS = {"llava_mistral": load_llava_original, "llava_qwen2": load_llava_original}
+"""`model_type` that transformers' auto classes do not know -> what loads it: (name, content of config.json, dtype) to
+(model, processor)."""
 
 
 def load_backbone(name_or_path: str, *, dtype: torch.dtype | str | None = None, progress: bool = False):
@@ -65,20 +72,24 @@ def _load_pretrained(name: str, dtype):
         )
     name = str(Path(name).expanduser()) if looks_local else name
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        raw, _ = PreTrainedConfig.get_config_dict(name)
+        own = OWN_LOADERS.get(raw.get("model_type"))
+        config = None if own is not None else AutoConfig.from_pretrained(name)
+    # AttributeError or TypeError where config.json is JSON, but no object.
+    except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
         raise InputError(
-            f"model: {name!r} is neither a built-in model (smollm2), nor a folder with a config.json, "
-            f"nor a hub id that can be reached ({str(error).splitlines()[0]})"
+            f"model: {name!r} is neither a built-in model (smollm2), nor a folder with a config.json of a known "
+            f"architecture, nor a hub id that can be reached ({' '.join(str(error).split())[:200]})"
         ) from error
-    sees = hasattr(config, "vision_config")
-    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     try:
-        model = auto.from_pretrained(name, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(name) if sees else AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, SafetensorError) as error:
+        if own is not None:
+            return own(name, raw, dtype)
+        auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        return auto.from_pretrained(name, dtype=dtype), load_processor(name, config)
+    except InputError:
+        raise
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         why = " ".join(str(error).split())
         raise InputError(
-            f"model: {name!r} could not be loaded as {config.model_type}: {why}; is the folder whole?"
+            f"model: {name!r} could not be loaded as {raw.get('model_type')}: {why}; is the folder whole?"
         ) from error
-    return model, processor

@@ -45,6 +45,7 @@ DECODER_SPECS: dict[str, DecoderSpec] = {
     "qwen2": _PRE_NORM,
     "qwen3": _PRE_NORM,
     "qwen2_5_vl_text": _PRE_NORM,
+    "qwen3_vl_text": _PRE_NORM,
     "gemma3_text": _SANDWICH_NORM,
 }
 """Text `model_type` -> spec. A family outside the table can be steered at `site="block"`, which needs no names."""
