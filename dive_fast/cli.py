@@ -176,6 +176,8 @@ def _generate(commands) -> None:
         "reference, finish_reason, engine), or for one prompt onto the terminal as it is written.",
         "  dive-fast generate --adapter runs/first --data open_i split=test --limit 100 --output predictions.jsonl\n"
         "  dive-fast generate --model smollm2 --data my_reports.jsonl --output zero_shot.jsonl\n"
+        "  dive-fast generate --adapter runs/first --data mimic_cxr split=test --workers 8 --worker-gpus 1 \\\n"
+        "      --output predictions.jsonl\n"
         '  dive-fast generate --adapter runs/first --prompt "Indication: cough. Describe the findings."\n'
         '  dive-fast generate --model my/vlm --prompt "Describe the findings." --image film.png',
     )
@@ -191,6 +193,14 @@ def _generate(commands) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace --output where it exists")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N records")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="reports written at a time (default 8)")
+    workers = parser.add_argument_group("many GPUs or machines (needs the extra `ray`: pip install 'dive_fast[ray]')")
+    workers.add_argument("--workers", type=int, metavar="N", help="workers that write --data's reports, shard by shard")
+    workers.add_argument("--worker-cpus", type=float, metavar="C", help="of each worker (default: an equal share)")
+    workers.add_argument("--worker-gpus", type=float, default=0, metavar="G", help="of each; 0.5: two on a GPU")
+    workers.add_argument("--shard-size", type=int, metavar="N", help="records kept at a time (default 8 batches)")
+    workers.add_argument(
+        "--ray-address", default="local", metavar="A", help="a running cluster: auto or HOST:PORT (default: local)"
+    )
     sampling = parser.add_argument_group("how tokens are chosen (default: the most likely one)")
     sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest report (default 256)")
     sampling.add_argument("--min-new-tokens", type=int, default=0, metavar="N", help="no end before N tokens")

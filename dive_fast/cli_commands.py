@@ -152,8 +152,10 @@ def generate(args: Namespace) -> int:
     if args.data is None:
         if not args.prompt.strip():
             raise InputError("--prompt: expected what the report should be about, got only white space")
-        if args.items or args.output or args.limit:
-            raise InputError("--prompt: takes no data options, --limit or --output; use --data for a data set")
+        if args.items or args.output or args.limit or args.workers is not None:
+            raise InputError(
+                "--prompt: takes no data options, --limit, --output or --workers; use --data for a data set"
+            )
         model, processor = _steered_model(args)
         return _generate_one(args, model, processor)
     if args.image:
@@ -165,12 +167,40 @@ def generate(args: Namespace) -> int:
     output = files.new_file(args.output, args.overwrite)
     limit = [] if args.limit is None else [f"limit={args.limit}"]
     records = load_counted(config.data_with_options(args.data, [*args.items, *limit]))
-    model, processor = _steered_model(args)
-    count = files.write_rows(
-        output, _predictions(args, model, processor, records), total=len(records) * args.num_return_sequences
-    )
+    if args.workers is not None:
+        count = _generate_by_workers(args, records, output)
+    else:
+        from dive_fast.predictions import predictions
+
+        model, processor = _steered_model(args)
+        options = _generation_options(args)
+        rows = predictions(model, processor, records, batch_size=args.batch_size, options=options)
+        count = files.write_rows(output, rows, total=len(records) * args.num_return_sequences)
     print(f"{count} predictions in {output}. Score them: dive-fast evaluate {output}")
     return 0
+
+
+def _generate_by_workers(args: Namespace, records: Sequence, output: Path) -> int:
+    from dive_fast.distributed import Workers, write_predictions
+
+    def on_shard(done: int, total: int) -> None:
+        end = "\r" if sys.stderr.isatty() and done < total else "\n"
+        print(f"{done} of {total} shards", end=end, file=sys.stderr, flush=True)
+
+    workers = Workers(args.workers, args.worker_cpus, args.worker_gpus, args.ray_address)
+    name = args.model or _trained_on(args.adapter)
+    return write_predictions(
+        records,
+        output,
+        workers,
+        model=name,
+        adapter=args.adapter,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+        options=_generation_options(args),
+        on_shard=on_shard,
+    )
 
 
 def _steered_model(args: Namespace):
@@ -203,25 +233,6 @@ def _generation_options(args: Namespace) -> dict:
     search = ("num_beams", "length_penalty", "num_return_sequences", "stop")
     names = ("max_new_tokens", "min_new_tokens", *choice, *search, "engine", "weights")
     return {name: getattr(args, name) for name in names}
-
-
-def _predictions(args: Namespace, model, processor, records: Sequence) -> Iterator[dict]:
-    from dive_fast import generate as write
-
-    for start in range(0, len(records), args.batch_size):
-        batch = records[start : start + args.batch_size]
-        output = write(model, batch, processor=processor, **_generation_options(args))
-        results = [(record, sample) for record in batch for sample in range(args.num_return_sequences)]
-        for (record, sample), text, reason in zip(results, output.texts, output.finish_reasons, strict=True):
-            row = {
-                "id": record.id,
-                "prompt": record.prompt,
-                "prediction": text,
-                "reference": record.report,
-                "finish_reason": reason,
-                "engine": output.stats["engine"],
-            }
-            yield row | {"sample": sample} if args.num_return_sequences > 1 else row
 
 
 def _generate_one(args: Namespace, model, processor) -> int:

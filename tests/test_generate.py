@@ -94,6 +94,25 @@ def test_sampling_repeats_with_a_seed():
     assert first == again != other
 
 
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_a_row_with_a_seed_of_its_own_draws_the_same_wherever_it_stands(engine):
+    options = {"processor": tiny_tokenizer(), "max_new_tokens": 12, "temperature": 1.0, "engine": engine}
+    model, rows = steered(), list(zip(PROMPTS * 2, (5, 6, 7, 8, 5, 7), strict=True))
+
+    def texts(rows, **more):
+        prompts, seeds = zip(*rows, strict=True)
+        return dive_fast.generate(model, prompts, seed=seeds, **options, **more).texts
+
+    # transformers has one generator for all rows of a batch, so there a batch is one row.
+    size = {"native": 8, "transformers": 1}[engine]
+    together = texts(rows, batch_size=size)
+    assert [texts([row])[0] for row in rows] == together
+    assert texts(rows[::-1], batch_size=size) == together[::-1]
+    assert together[0] != together[3], "another seed, the same prompt"
+    sampled = texts(rows[:2], batch_size=size, num_return_sequences=2)
+    assert sampled[2:] == texts(rows[1:2], num_return_sequences=2) and sampled[0] != sampled[1]
+
+
 def test_min_new_tokens_and_repetition_penalty_reach_the_decoder():
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     handle = model.lm_head.register_forward_hook(lambda m, a, o: o.index_fill(-1, torch.tensor([EOS]), 1e3))
@@ -151,6 +170,9 @@ def test_generation_runs_on_films_and_keeps_the_rows_apart():
         ([Record("r7", "  ", "")], {}, "prompt of record 'r7' is empty"),
         (PROMPTS, {"seed": -1}, "seed: expected a whole number from 0"),
         (PROMPTS, {"seed": 10**30}, "seed: expected a whole number from 0"),
+        (PROMPTS, {"seed": [1, 2]}, r"seed: expected one number, or one per row \(3\), got 2"),
+        (PROMPTS, {"seed": [1, 2, -3]}, "seed: expected a whole number from 0"),
+        (PROMPTS, {"seed": "123"}, "seed: expected a whole number from 0"),
         (PROMPTS, {"adapter_names": ["default", "nobody", "__base__"]}, "no adapter 'nobody'; there are"),
         ({"attention_mask": 1}, {}, "needs input_ids"),
         (PROMPTS, {"engine": "fast"}, "engine: expected None or 'native', 'transformers', got 'fast'"),

