@@ -498,7 +498,7 @@ def test_tag_shows_what_tokens_weigh(monkeypatch, capsys):
     class Words:
         """A tokenizer of words, as far as offsets go."""
 
-        is_fast, eos_token_id = True, 0
+        is_fast, eos_token_id, chat_template = True, 0, None
 
         def __call__(self, text, **options):
             offsets = [(m.start(), m.end()) for m in re.finditer(r"\S+", text)]
