@@ -22,6 +22,15 @@ from dive_fast.steering.positions import STEERING_KWARG
 HEADS_ATTENTION = "dive_heads"
 
 
+def check_attention(implementation: str) -> None:
+    """Raise InputError unless that attention is given a mask to normalise over, as "sdpa" and "eager" are."""
+    if implementation not in ("sdpa", "eager"):
+        raise InputError(
+            f"kind: 'heads' needs attn_implementation='sdpa' or 'eager', the model uses {implementation!r}; "
+            "call model.set_attn_implementation('sdpa')"
+        )
+
+
 def demonstration_share(query, key, attention_mask, scaling, head_query, head_bias) -> torch.Tensor:
     """mu [B, T, H] in float32 = sigmoid(log Z1 - log Z2).
 
@@ -56,9 +65,6 @@ def heads_attention(module, query, key, value, attention_mask, **kwargs):
     """The model's own attention function, and behind it the push of the heads.
 
     Installed per attention module in place of the configured function, to which it hands everything on.
-
-    Raises:
-        InputError: the model's attention function does not hand out a mask to normalise over ("sdpa" and "eager" do).
     """
     call = kwargs.pop(STEERING_KWARG, None)
     steering, config = module.dive_heads_host
@@ -69,11 +75,6 @@ def heads_attention(module, query, key, value, attention_mask, **kwargs):
     )
     if call is None:
         return output, weights
-    if implementation not in ("sdpa", "eager"):
-        raise InputError(
-            f"kind: 'heads' needs attn_implementation='sdpa' or 'eager', the model uses {implementation!r}; "
-            "call model.set_attn_implementation('sdpa')"
-        )
     return steering.push_heads(output, query, key, attention_mask, kwargs["scaling"], call), weights
 
 

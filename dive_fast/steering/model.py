@@ -9,6 +9,7 @@ from torch import nn
 from dive_fast.errors import InputError
 from dive_fast.models.spec import DECODER_SPECS, decoder_of, spec_of, text_config_of
 from dive_fast.steering.config import DiveConfig
+from dive_fast.steering.heads import check_attention
 from dive_fast.steering.layer import DiveLayer
 from dive_fast.steering.positions import (
     STEERING_KWARG,
@@ -178,6 +179,8 @@ class DiveModel(BaseTuner):
         acting = self.acting_adapters()
         if not acting:
             return None
+        if any(self.peft_config[name].kind == "heads" for name in acting):
+            check_attention(decoder.config._attn_implementation)
         tokens = kwargs.get("inputs_embeds")
         tokens = kwargs.get("input_ids", args[0] if args else None) if tokens is None else tokens
         cache = kwargs.get("past_key_values")
