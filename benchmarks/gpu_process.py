@@ -64,15 +64,16 @@ def run(
         out.write(f"\n$ {' '.join(command)}\n".encode())
         out.flush()
         begin = out.tell()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            cwd=cwd,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(env or {}),
-            start_new_session=True,
-        )
+        with _interruptible_children():
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=cwd,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(env or {}),
+                start_new_session=True,
+            )
         overran = False
         try:
             process.wait(until_interrupted(seconds, grace))
@@ -84,6 +85,19 @@ def run(
         written.seek(begin)
         output = written.read().decode(errors="replace")
     return Outcome(process.returncode, time.monotonic() - start, overran, output)
+
+
+@contextlib.contextmanager
+def _interruptible_children():
+    """A shell lets its background jobs ignore SIGINT, and they would hand that on to whatever they start."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def until_interrupted(seconds: float, grace: float = GRACE) -> float:

@@ -50,7 +50,9 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_an_interrupted_program_has_time_to_write_what_it_has(tmp_path):
+@pytest.mark.parametrize("caller", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def test_an_interrupted_program_has_time_to_write_what_it_has(tmp_path, caller):
+    before = signal.signal(signal.SIGINT, caller)
     script = textwrap.dedent(
         """
         import pathlib, time
@@ -62,7 +64,11 @@ def test_an_interrupted_program_has_time_to_write_what_it_has(tmp_path):
             raise SystemExit(2)
         """
     )
-    outcome = gpu_process.run([sys.executable, "-c", script], seconds=8, log=tmp_path / "log", cwd=tmp_path, grace=5)
+    command = [sys.executable, "-c", script]
+    try:
+        outcome = gpu_process.run(command, seconds=8, log=tmp_path / "log", cwd=tmp_path, grace=5)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert outcome.overran and outcome.returncode == 2 and (tmp_path / "found").read_text() == "kept"
 
 
