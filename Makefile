@@ -43,7 +43,7 @@ sanitize: $(if $(shell command -v cmake),,$(STAMP)) ## run the engine's C++ test
 	  $(CMAKE) --build build/sanitize/$$kind --parallel $(CORES) >build/sanitize-$$kind.log \
 	  || { cat build/sanitize-$$kind.log; exit 1; }; \
 	  ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
-	  sh -ec 'for test in engine_test cuda_on_host_test cuda_step_test; do "$$0/$$test"; done' build/sanitize/$$kind; \
+	  sh -ec 'for test in engine_test check_test cuda_on_host_test cuda_sample_test cuda_step_test; do "$$0/$$test"; done' build/sanitize/$$kind; \
 	done
 
 # On a machine with a GPU its owner's torch is the one to check: the Python that is named, else .venv's where there is one.

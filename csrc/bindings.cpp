@@ -21,6 +21,7 @@
 #include "cpu/step.h"
 #include "cuda/device.h"
 #include "engine/check.h"
+#include "engine/draws.h"
 #include "engine/plan.h"
 #include "engine/sampler.h"
 #include "engine/session.h"

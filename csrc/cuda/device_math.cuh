@@ -74,6 +74,29 @@ __device__ __forceinline__ float block_sum(float x, float* partials) {
   return total;
 }
 
+// A NaN counts as the largest, and of equal logits the first.
+__device__ __forceinline__ bool beats(const Best& a, const Best& b) {
+  const bool nan = isnan(a.logit), other_nan = isnan(b.logit);
+  if (nan != other_nan) return nan;
+  if (!nan && a.logit != b.logit) return a.logit > b.logit;
+  return a.index < b.index;
+}
+
+// The best of a block's, in its first thread; `bests` has room for one per warp.
+__device__ __forceinline__ Best best_of_block(Best best, Best* bests) {
+  for (int step = kWarp / 2; step; step /= 2) {
+    const Best other{__shfl_xor_sync(kAllLanes, best.logit, step), __shfl_xor_sync(kAllLanes, best.index, step)};
+    if (beats(other, best)) best = other;
+  }
+  if (threadIdx.x % kWarp == 0) bests[threadIdx.x / kWarp] = best;
+  __syncthreads();
+  if (threadIdx.x != 0) return best;
+  for (int w = 1; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
+    if (beats(bests[w], best)) best = bests[w];
+  }
+  return best;
+}
+
 // True in all threads of the last block of `count` that come here with the same ticket, which is 0 again afterwards;
 // that block sees what the others wrote before. `shared` is a word of the block's.
 __device__ __forceinline__ bool comes_last(unsigned* ticket, unsigned count, unsigned* shared) {

@@ -18,6 +18,8 @@
 #include "cpu/decode_types.h"
 #include "cpu/dtype.h"
 #include "cpu/steer.h"
+#include "engine/kv_cache.h"
+#include "engine/stepper.h"
 
 namespace dive::cuda {
 
@@ -133,12 +135,71 @@ struct Steer {
 };
 cudaError_t steer(cudaStream_t stream, DType dtype, const Steer& arguments, int batch);
 
-// Caps the logits [B][V] and finds the first index of each row's largest; a NaN counts as the largest.
-cudaError_t finish(cudaStream_t stream, float* logits, std::int64_t vocabulary, float softcap, std::int64_t* likeliest,
-                   int batch);
+// Caps the logits [B][V] and finds the first index of each row's largest; a NaN counts as the largest. Piece by piece,
+// and whoever of a row's blocks ends last brings the pieces together.
+struct Best {
+  float logit;
+  std::int32_t index;
+};
+struct Finish {
+  float* logits;
+  std::int64_t vocabulary;
+  float softcap;            // 0: none
+  Best* pieces;             // [B][kMostVocabularyPieces]
+  unsigned* tickets;        // [B], 0 before and after
+  std::int64_t* likeliest;  // [B]
+};
+inline constexpr int kMostVocabularyPieces = 32;
+cudaError_t finish(cudaStream_t stream, const Finish& arguments, int batch);
 
-// Copies [heads][positions][row_bytes] with strides in bytes; row_bytes is a multiple of 16 and so is all else.
-cudaError_t copy_heads(cudaStream_t stream, const void* from, std::int64_t from_head, std::int64_t from_position,
-                       void* to, std::int64_t to_head, int heads, int positions, std::int64_t row_bytes);
+// How a row goes on by itself, as engine::LoopRow says. A row that stands for nothing has most = 0.
+struct Chooser {
+  float temperature, top_p, min_p, repetition_penalty;
+  std::int64_t top_k;
+  std::uint64_t seed, stream;
+  std::int64_t done, barred, most;
+  std::int64_t eos[engine::kMostLoopEos];
+  std::int32_t eos_count;
+  bool wants_log_prob;
+};
+
+// What the host is told of a row's step, and of the loop, in memory of its own.
+struct Told {
+  std::int64_t token;
+  float log_prob;
+};
+struct Progress {
+  std::int32_t steps;  // whose tokens are all there
+  std::int32_t over;   // no further step will come
+};
+
+// The loop's own, in the device's memory.
+struct LoopState {
+  std::int32_t steps, most_steps, ended;
+};
+
+// Every row's next token, into its Row and to the host; then whether there will be a further step. What the host asks
+// for and is told lies in pinned memory, and is written so that whoever sees a progress sees the tokens before it.
+struct Advance {
+  Row* rows;
+  Chooser* choosers;  // [B]
+  float* logits;      // [B][V]; those of barred tokens are changed
+  std::int64_t vocabulary;
+  const std::int64_t* likeliest;  // [B]
+  std::uint8_t* seen;             // [B][V]: not 0 where the penalty applies; null where no row has one
+  Told* told;                     // [steps][most_rows]
+  int most_rows;
+  LoopState* state;
+  unsigned* ticket;  // 0 before and after
+  volatile Progress* progress;
+  const volatile std::int32_t* wanted_stop;
+  cudaGraphConditionalHandle condition;  // of the WHILE node around the step
+  bool has_condition;
+};
+cudaError_t advance(cudaStream_t stream, const Advance& arguments, int batch);
+
+// Copies [copies][heads][positions][row_bytes]; row_bytes, strides and addresses are multiples of 16.
+cudaError_t copy_heads(cudaStream_t stream, const engine::HeadsCopy* copies, int count, int heads,
+                       std::int64_t row_bytes);
 
 }  // namespace dive::cuda

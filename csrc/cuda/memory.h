@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -55,6 +56,8 @@ class DeviceArray {
   DeviceArray() = default;
   DeviceArray(std::size_t count, const char* what)
       : data_(static_cast<T*>(allocate(count * sizeof(T), what))), count_(count) {}
+  // Takes over what cudaMalloc gave.
+  DeviceArray(T* data, std::size_t count) : data_(data), count_(count) {}
   DeviceArray(DeviceArray&& other) noexcept { *this = std::move(other); }
   DeviceArray& operator=(DeviceArray&& other) noexcept {
     std::swap(data_, other.data_);
@@ -73,14 +76,14 @@ class DeviceArray {
   std::size_t count_ = 0;
 };
 
-// Memory of the host that the device copies from and to by itself.
+// Memory of the host that the device copies from and to by itself, and that kernels reach at on_device().
 template <class T>
 class PinnedArray {
  public:
   PinnedArray() = default;
   explicit PinnedArray(std::size_t count) : count_(count) {
     void* data = nullptr;
-    check(cudaMallocHost(&data, count ? count * sizeof(T) : 1), "pinning memory of the host");
+    check(cudaHostAlloc(&data, count ? count * sizeof(T) : 1, cudaHostAllocMapped), "pinning memory of the host");
     data_ = static_cast<T*>(data);
   }
   PinnedArray(PinnedArray&& other) noexcept { *this = std::move(other); }
@@ -94,6 +97,11 @@ class PinnedArray {
   }
 
   T* data() const { return data_; }
+  T* on_device() const {
+    void* data = nullptr;
+    check(cudaHostGetDevicePointer(&data, data_, 0), "mapping memory of the host");
+    return static_cast<T*>(data);
+  }
   T& operator[](std::size_t i) const { return data_[i]; }
   std::size_t size() const { return count_; }
 
@@ -111,36 +119,102 @@ class OwnStream {
   operator cudaStream_t() const { return stream_; }
   void wait() const { check(cudaStreamSynchronize(stream_), "running a step"); }
 
+  // Whether all that was started has ended.
+  bool idle() const {
+    const cudaError_t status = cudaStreamQuery(stream_);
+    if (status == cudaErrorNotReady) return false;
+    check(status, "running a step");
+    return true;
+  }
+
  private:
   cudaStream_t stream_ = nullptr;
 };
 
-// A step's kernels, recorded once and started together.
+// Kernels recorded once and started together.
 class Graph {
  public:
   // Records what `enqueue` starts on the stream.
   template <class F>
   Graph(cudaStream_t stream, F enqueue) {
     check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a step");
+    instantiate(record(stream, enqueue, true));
+  }
+  ~Graph() {
+    if (exec_) static_cast<void>(cudaGraphExecDestroy(exec_));
+  }
+  Graph(const Graph&) = delete;
+
+#if CUDART_VERSION >= 12040
+  // Whether the driver has nodes that repeat what is in them.
+  static bool can_repeat() {
+    int driver = 0;
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12040;
+  }
+
+  // Records what enqueue(condition) starts, to be repeated until a kernel sets the condition to 0.
+  template <class F>
+  static std::unique_ptr<Graph> repeating(cudaStream_t stream, F enqueue) {
     cudaGraph_t graph = nullptr;
+    check(cudaGraphCreate(&graph, 0), "recording a loop");
+    std::unique_ptr<Graph> made(new Graph);
     try {
-      enqueue();
+      cudaGraphConditionalHandle condition = 0;
+      check(cudaGraphConditionalHandleCreate(&condition, graph, 1, cudaGraphCondAssignDefault), "recording a loop");
+      cudaGraphNodeParams node{};
+      node.type = cudaGraphNodeTypeConditional;
+      node.conditional.handle = condition;
+      node.conditional.type = cudaGraphCondTypeWhile;
+      node.conditional.size = 1;
+      cudaGraphNode_t added = nullptr;
+#if CUDART_VERSION >= 13000
+      check(cudaGraphAddNode(&added, graph, nullptr, nullptr, 0, &node), "recording a loop");
+#else
+      check(cudaGraphAddNode(&added, graph, nullptr, 0, &node), "recording a loop");
+#endif
+      check(cudaStreamBeginCaptureToGraph(stream, node.conditional.phGraph_out[0], nullptr, nullptr, 0,
+                                          cudaStreamCaptureModeThreadLocal),
+            "recording a loop");
+      record(stream, [&] { enqueue(condition); }, false);
     } catch (...) {
-      static_cast<void>(cudaStreamEndCapture(stream, &graph));
-      if (graph) static_cast<void>(cudaGraphDestroy(graph));
+      static_cast<void>(cudaGraphDestroy(graph));
       throw;
     }
-    check(cudaStreamEndCapture(stream, &graph), "recording a step");
-    const cudaError_t error = cudaGraphInstantiate(&exec_, graph, 0);
-    static_cast<void>(cudaGraphDestroy(graph));
-    check(error, "preparing a recorded step");
+    made->instantiate(graph);
+    return made;
   }
-  ~Graph() { static_cast<void>(cudaGraphExecDestroy(exec_)); }
-  Graph(const Graph&) = delete;
+#else
+  static bool can_repeat() { return false; }
+#endif
 
   void launch(cudaStream_t stream) const { check(cudaGraphLaunch(exec_, stream), "starting a step"); }
 
  private:
+  Graph() = default;
+
+  // Of a stream that records already; ends that in any case, or nothing could be freed any more. A graph that is part of
+  // another one belongs to that.
+  template <class F>
+  static cudaGraph_t record(cudaStream_t stream, F enqueue, bool own) {
+    cudaGraph_t graph = nullptr;
+    try {
+      enqueue();
+      check(cudaStreamEndCapture(stream, &graph), "recording a step");
+    } catch (...) {
+      static_cast<void>(cudaStreamEndCapture(stream, &graph));
+      static_cast<void>(cudaGetLastError());
+      if (own && graph) static_cast<void>(cudaGraphDestroy(graph));
+      throw;
+    }
+    return graph;
+  }
+
+  void instantiate(cudaGraph_t graph) {
+    const cudaError_t error = cudaGraphInstantiate(&exec_, graph, 0);
+    static_cast<void>(cudaGraphDestroy(graph));
+    check(error, "preparing a recorded step");
+  }
+
   cudaGraphExec_t exec_ = nullptr;
 };
 

@@ -1,5 +1,6 @@
 // What happens to rows between the products: embedding and angles, residual add and norm, the end of the logits; and the
 // copying of prompts' keys and values into cache blocks.
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/device_math.cuh"
@@ -9,7 +10,6 @@ namespace dive::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kArgmaxThreads = 1024;  // one block has a row of up to 262144 logits
 
 template <DType kDType>
 __global__ void __launch_bounds__(kThreads) begin_kernel(const Begin a) {
@@ -60,56 +60,42 @@ __global__ void __launch_bounds__(kThreads) add_norm_kernel(const AddNorm a) {
   for (int d = threadIdx.x; d < a.hidden_size; d += kThreads) normed[d] = F::narrow(x[d] * inverse * a.norm.weight[d]);
 }
 
-struct Best {
-  float logit;
-  int index;
-
-  __device__ bool beats(const Best& other) const {
-    const bool nan = isnan(logit), other_nan = isnan(other.logit);
-    if (nan != other_nan) return nan;
-    if (!nan && logit != other.logit) return logit > other.logit;
-    return index < other.index;
-  }
-};
-
-__global__ void __launch_bounds__(kArgmaxThreads) finish_kernel(float* logits, std::int64_t vocabulary, float softcap,
-                                                                std::int64_t* likeliest) {
+__global__ void __launch_bounds__(kThreads) finish_kernel(const Finish a) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   Best* const bests = dynamic_shared_memory<Best>();
-  float* const own = logits + blockIdx.x * vocabulary;
-  Best best{-INFINITY, static_cast<int>(vocabulary)};
-  for (int v = threadIdx.x; v < vocabulary; v += kArgmaxThreads) {
-    const float logit = softcap > 0 ? softcap * tanhf(own[v] / softcap) : own[v];
-    if (softcap > 0) own[v] = logit;
-    if (const Best found{logit, v}; found.beats(best)) best = found;
+  unsigned* const word = reinterpret_cast<unsigned*>(bests + kThreads / kWarp);
+  const int pieces = gridDim.x, b = blockIdx.y, V = static_cast<int>(a.vocabulary);
+  const int size = (V + pieces - 1) / pieces, first = blockIdx.x * size, end = min(V, first + size);
+  float* const own = a.logits + b * a.vocabulary;
+  Best best{-INFINITY, V};
+  for (int v = first + threadIdx.x; v < end; v += kThreads) {
+    const float logit = a.softcap > 0 ? a.softcap * tanhf(own[v] / a.softcap) : own[v];
+    if (a.softcap > 0) own[v] = logit;
+    if (const Best found{logit, v}; beats(found, best)) best = found;
   }
-  for (int step = kWarp / 2; step; step /= 2) {
-    const Best other{__shfl_xor_sync(kAllLanes, best.logit, step), __shfl_xor_sync(kAllLanes, best.index, step)};
-    if (other.beats(best)) best = other;
+  best = best_of_block(best, bests);
+  Best* const all = a.pieces + b * kMostVocabularyPieces;
+  if (threadIdx.x == 0) all[blockIdx.x] = best;
+  if (!comes_last(a.tickets + b, pieces, word) || threadIdx.x != 0) return;
+  best = all[0];
+  for (int p = 1; p < pieces; ++p) {
+    if (beats(all[p], best)) best = all[p];
   }
-  if (threadIdx.x % kWarp == 0) bests[threadIdx.x / kWarp] = best;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int w = 1; w < kArgmaxThreads / kWarp; ++w) {
-    if (bests[w].beats(best)) best = bests[w];
-  }
-  likeliest[blockIdx.x] = best.index;
+  a.likeliest[b] = best.index;
 }
 
-__global__ void __launch_bounds__(kThreads) copy_heads_kernel(const std::byte* from, std::int64_t from_head,
-                                                              std::int64_t from_position, std::byte* to,
-                                                              std::int64_t to_head, int positions,
-                                                              std::int64_t row_bytes) {
+__global__ void __launch_bounds__(kThreads) copy_heads_kernel(const engine::HeadsCopy* copies, std::int64_t row_bytes) {
   let_next_kernel_start();
   wait_for_previous_kernel();
-  const std::byte* const source = from + blockIdx.x * from_head;
-  std::byte* const target = to + blockIdx.x * to_head;
-  const int chunks = static_cast<int>(row_bytes / 16);
-  for (int i = threadIdx.x; i < positions * chunks; i += kThreads) {
+  const engine::HeadsCopy copy = copies[blockIdx.x];
+  const std::byte* const from = copy.from + blockIdx.y * copy.from_head;
+  std::byte* const to = copy.to + blockIdx.y * copy.to_head;
+  const int chunks = static_cast<int>(row_bytes / 16), count = static_cast<int>(copy.positions) * chunks;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
     const std::int64_t column = i % chunks * 16;
-    *reinterpret_cast<uint4*>(target + i / chunks * row_bytes + column) =
-        load_cached(source + i / chunks * from_position + column);
+    *reinterpret_cast<uint4*>(to + i / chunks * row_bytes + column) =
+        load_cached(from + i / chunks * copy.from_position + column);
   }
 }
 
@@ -135,17 +121,18 @@ cudaError_t add_norm(cudaStream_t stream, DType dtype, const AddNorm& arguments,
   });
 }
 
-cudaError_t finish(cudaStream_t stream, float* logits, std::int64_t vocabulary, float softcap, std::int64_t* likeliest,
-                   int batch) {
-  return launch(stream, static_cast<unsigned>(batch), kArgmaxThreads, kArgmaxThreads / kWarp * sizeof(Best),
-                finish_kernel, logits, vocabulary, softcap, likeliest);
+cudaError_t finish(cudaStream_t stream, const Finish& arguments, int batch) {
+  // 16 logits of each thread keep enough reads under way; fewer would leave more to bring together than to look at.
+  const std::int64_t wanted = (arguments.vocabulary + 16 * kThreads - 1) / (16 * kThreads);
+  const dim3 grid(static_cast<unsigned>(std::min<std::int64_t>(wanted, kMostVocabularyPieces)), batch);
+  const std::size_t bytes = kThreads / kWarp * sizeof(Best) + sizeof(unsigned);
+  return launch(stream, grid, kThreads, bytes, finish_kernel, arguments);
 }
 
-cudaError_t copy_heads(cudaStream_t stream, const void* from, std::int64_t from_head, std::int64_t from_position,
-                       void* to, std::int64_t to_head, int heads, int positions, std::int64_t row_bytes) {
-  return launch(stream, static_cast<unsigned>(heads), kThreads, 0, copy_heads_kernel,
-                static_cast<const std::byte*>(from), from_head, from_position, static_cast<std::byte*>(to), to_head,
-                positions, row_bytes);
+cudaError_t copy_heads(cudaStream_t stream, const engine::HeadsCopy* copies, int count, int heads,
+                       std::int64_t row_bytes) {
+  const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(heads));
+  return launch(stream, grid, kThreads, 0, copy_heads_kernel, copies, row_bytes);
 }
 
 }  // namespace dive::cuda

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <optional>
@@ -9,7 +10,9 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/cache_memory.h"
 #include "cuda/kernels.h"
+#include "cuda/loop.h"
 #include "cuda/memory.h"
 #include "engine/check.h"
 
@@ -34,46 +37,20 @@ Matrix matrix_of(const engine::Weight& w) {
 
 NormWeight norm_of(const Norm& norm) { return {norm.weight, norm.eps}; }
 
-// Cache blocks in the device's memory.
-class DeviceMemory final : public engine::CacheMemory {
- public:
-  DeviceMemory(int device, cudaStream_t stream) : device_(device), stream_(stream) {}
+// Steps are recorded for these numbers of rows; those between take the next, with rows that stand for nothing. A tile of
+// products has 8 rows in any case.
+constexpr int kBatches[] = {1, 2, 4, 8, 16, 24, 32, 48, 64};
 
-  std::byte* allocate(std::size_t bytes) override {
-    const CurrentDevice current(device_);
-    return static_cast<std::byte*>(cuda::allocate(bytes, "keys and values"));
-  }
-
-  void release(std::byte* memory) override { static_cast<void>(cudaFree(memory)); }
-
-  // Prompts are computed on streams that are not known here.
-  void begin_copies() override {
-    const CurrentDevice current(device_);
-    check(cudaDeviceSynchronize(), "waiting for a prompt");
-  }
-
-  void copy(const std::byte* from, std::int64_t from_head, std::int64_t from_position, std::byte* to,
-            std::int64_t to_head, int heads, std::int64_t positions, std::int64_t row_bytes) override {
-    const CurrentDevice current(device_);
-    check(copy_heads(stream_, from, from_head, from_position, to, to_head, heads, static_cast<int>(positions), row_bytes),
-          "copying keys and values");
-  }
-
-  void end_copies() override {
-    const CurrentDevice current(device_);
-    check(cudaStreamSynchronize(stream_), "copying keys and values");
-  }
-
- private:
-  const int device_;
-  const cudaStream_t stream_;
-};
+int batch_for(std::size_t rows) {
+  return *std::lower_bound(std::begin(kBatches), std::end(kBatches), static_cast<int>(rows));
+}
 
 class CudaStepper final : public engine::Stepper {
  public:
-  CudaStepper(const Plan& plan, int max_rows, int device)
-      : plan_(plan), max_rows_(max_rows), device_(device), dtype_(plan.cache_dtype), memory_(device, stream_) {
-    const std::size_t rows = static_cast<std::size_t>((max_rows + kRowTile - 1) / kRowTile * kRowTile);
+  CudaStepper(const Plan& plan, int max_rows, int device, LoopForm form)
+      : plan_(plan), max_rows_(batch_for(max_rows)), device_(device), dtype_(plan.cache_dtype), memory_(device, stream_),
+        loop_(max_rows_, plan.vocabulary), repeats_(form == LoopForm::kBest && Graph::can_repeat()) {
+    const std::size_t rows = static_cast<std::size_t>((max_rows_ + kRowTile - 1) / kRowTile * kRowTile);
     const std::size_t D = plan.hidden_size, queries = std::size_t(plan.heads) * plan.head_size;
     const std::size_t keys = std::size_t(plan.kv_heads) * plan.head_size, half = plan.head_size / 2;
     const char* const what = "a step's activations";
@@ -84,24 +61,25 @@ class CudaStepper final : public engine::Stepper {
       check(cudaMemset(array.data(), 0, array.size()), what);
       return array;
     };
-    rows_ = DeviceArray<Row>(max_rows, what);
-    staged_rows_ = PinnedArray<Row>(max_rows);
-    residual_ = floats(max_rows * D);
-    update_ = floats(max_rows * D);
-    q_ = floats(max_rows * queries);
-    k_ = floats(max_rows * keys);
-    v_ = floats(max_rows * keys);
+    rows_ = DeviceArray<Row>(max_rows_, what);
+    staged_rows_ = PinnedArray<Row>(max_rows_);
+    residual_ = floats(max_rows_ * D);
+    update_ = floats(max_rows_ * D);
+    q_ = floats(max_rows_ * queries);
+    k_ = floats(max_rows_ * keys);
+    v_ = floats(max_rows_ * keys);
     normed_ = activations(D);
     attended_ = activations(queries);
     inner_ = activations(plan.intermediate_size);
-    pieces_ = floats(max_rows * plan.heads * std::size_t(kMostPieces) * (plan.head_size + 2));
-    tickets_ = zeroed_tickets(std::size_t(max_rows) * (plan.heads + 1));
-    logits_ = DeviceArray<float>(max_rows * std::size_t(plan.vocabulary), "logits");
-    host_logits_ = PinnedArray<float>(max_rows * std::size_t(plan.vocabulary));
-    likeliest_ = DeviceArray<std::int64_t>(max_rows, what);
-    host_likeliest_ = PinnedArray<std::int64_t>(max_rows);
-    cosine_ = floats(plan.ropes.size() * max_rows * half);
-    sine_ = floats(plan.ropes.size() * max_rows * half);
+    pieces_ = floats(max_rows_ * plan.heads * std::size_t(kMostPieces) * (plan.head_size + 2));
+    tickets_ = zeroed_tickets(std::size_t(max_rows_) * (plan.heads + 2) + 1);
+    logits_ = DeviceArray<float>(max_rows_ * std::size_t(plan.vocabulary), "logits");
+    bests_ = DeviceArray<Best>(max_rows_ * std::size_t{kMostVocabularyPieces}, "logits");
+    likeliest_ = DeviceArray<std::int64_t>(max_rows_, what);
+    cosine_ = floats(plan.ropes.size() * max_rows_ * half);
+    sine_ = floats(plan.ropes.size() * max_rows_ * half);
+    const std::size_t slab = keys * cpu::kCacheBlock * cpu::size_of(dtype_);
+    if (max_rows_ > 1) idle_block_ = DeviceArray<std::byte>(2 * plan.layers.size() * slab, "keys and values");
     upload_ropes();
     upload_adapters();
     make_tables(16);
@@ -111,13 +89,15 @@ class CudaStepper final : public engine::Stepper {
 
   void step(const std::vector<StepRow>& rows,
             const std::function<void(std::size_t, float*, std::int64_t)>& with_logits) override {
-    if (rows.empty() || rows.size() > static_cast<std::size_t>(max_rows_)) throw std::logic_error("step: bad row count");
+    check_count(rows.size());
     const CurrentDevice current(device_);
-    const int batch = static_cast<int>(rows.size()), turns = stage(rows);
-    auto& graph = graphs_[{batch, turns}];
+    const int batch = batch_for(rows.size()), turns = stage(rows, 1);
+    auto& graph = steps_[{batch, turns}];
     if (!graph) graph = std::make_unique<Graph>(stream_, [&] { enqueue(batch, turns); });
     graph->launch(stream_);
     const std::size_t count = rows.size() * plan_.vocabulary;
+    if (host_logits_.size() < count) host_logits_ = PinnedArray<float>(count);
+    if (host_likeliest_.size() < rows.size()) host_likeliest_ = PinnedArray<std::int64_t>(max_rows_);
     copy(host_logits_.data(), logits_.data(), count * sizeof(float));
     copy(host_likeliest_.data(), likeliest_.data(), rows.size() * sizeof(std::int64_t));
     stream_.wait();
@@ -126,7 +106,47 @@ class CudaStepper final : public engine::Stepper {
     }
   }
 
+  int most_loop_steps() const override { return Loop::kMostSteps; }
+
+  void loop(const std::vector<engine::LoopRow>& rows, int steps, const std::function<void(const engine::Choice*)>& taken,
+            const std::function<bool()>& wants_stop) override {
+    check_count(rows.size());
+    const CurrentDevice current(device_);
+    std::vector<StepRow> first;
+    for (const engine::LoopRow& row : rows) first.push_back(row.row);
+    const int batch = batch_for(rows.size()), turns = stage(first, steps);
+    if (loop_.make_room(rows)) loops_.clear();
+    loop_.start(stream_, rows, batch, steps);
+    auto& graph = loops_[{batch, turns}];
+    if (!graph) graph = recorded_loop(batch, turns);
+    loop_.run(stream_, *graph, repeats_, static_cast<int>(rows.size()), taken, wants_stop);
+  }
+
  private:
+  void check_count(std::size_t rows) const {
+    if (rows == 0 || rows > static_cast<std::size_t>(max_rows_)) throw std::logic_error("step: bad row count");
+  }
+
+  // A step with what follows it, in a node that repeats it where the driver has such a thing.
+  std::unique_ptr<Graph> recorded_loop(int batch, int turns) {
+    Advance arguments = loop_.arguments(rows_.data(), logits_.data(), likeliest_.data(),
+                                        tickets_.data() + std::size_t(max_rows_) * (plan_.heads + 2));
+    const auto record = [&] {
+      enqueue(batch, turns);
+      check(advance(stream_, arguments, batch), "choosing tokens");
+    };
+#if CUDART_VERSION >= 12040
+    if (repeats_) {
+      return Graph::repeating(stream_, [&](cudaGraphConditionalHandle condition) {
+        arguments.condition = condition;
+        arguments.has_condition = true;
+        record();
+      });
+    }
+#endif
+    return std::make_unique<Graph>(stream_, record);
+  }
+
   void copy(void* to, const void* from, std::size_t bytes) {
     check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_), "copying a step's rows");
   }
@@ -201,13 +221,13 @@ class CudaStepper final : public engine::Stepper {
 
   // Recorded steps hold these addresses.
   void make_turns(std::size_t turns) {
-    graphs_.clear();
+    forget_graphs();
     adapters_ = DeviceArray<std::int32_t>(turns * max_rows_, "adapters");
     staged_adapters_ = PinnedArray<std::int32_t>(turns * max_rows_);
   }
 
   void make_tables(std::size_t blocks) {
-    graphs_.clear();
+    forget_graphs();
     blocks_ = DeviceArray<std::byte*>(max_rows_ * blocks, "block tables");
     staged_blocks_ = PinnedArray<std::byte*>(max_rows_ * blocks);
     std::vector<std::byte* const*> tables;
@@ -215,29 +235,45 @@ class CudaStepper final : public engine::Stepper {
     tables_ = uploaded(tables, "block tables");
   }
 
-  // Puts what the step is to run where the device finds it; returns the number of adapters in turn.
-  int stage(const std::vector<StepRow>& rows) {
+  void forget_graphs() {
+    steps_.clear();
+    loops_.clear();
+  }
+
+  // Puts what so many steps are to run where the device finds it, idle rows behind it; returns the number of adapters in
+  // turn.
+  int stage(const std::vector<StepRow>& rows, int steps) {
+    const auto blocks_of = [&](const StepRow& row) {
+      return static_cast<std::size_t>((row.position + steps - 1) / cpu::kCacheBlock + 1);
+    };
     std::size_t turns = 0, blocks = 0;
     for (const StepRow& row : rows) {
       turns = std::max(turns, row.adapters->size());
-      blocks = std::max(blocks, static_cast<std::size_t>(row.position / cpu::kCacheBlock + 1));
+      blocks = std::max(blocks, blocks_of(row));
     }
     if (turns * max_rows_ > adapters_.size()) make_turns(turns);
     const std::size_t capacity = blocks_.size() / max_rows_;
     if (blocks > capacity) make_tables(std::max(blocks, 2 * capacity));
-    const std::size_t width = blocks_.size() / max_rows_;
-    for (std::size_t b = 0; b < rows.size(); ++b) {
+    const std::size_t width = blocks_.size() / max_rows_, batch = batch_for(rows.size());
+    for (std::size_t b = 0; b < batch; ++b) {
+      std::byte** const table = staged_blocks_.data() + b * width;
+      for (std::size_t turn = 0; turn < turns; ++turn) {
+        const bool acts = b < rows.size() && turn < rows[b].adapters->size();
+        staged_adapters_[turn * max_rows_ + b] = acts ? (*rows[b].adapters)[turn] : -1;
+      }
+      if (b >= rows.size()) {
+        staged_rows_[b] = {0, 0, 0};
+        table[0] = idle_block_.data();
+        continue;
+      }
       const StepRow& row = rows[b];
       staged_rows_[b] = {row.token, static_cast<std::int32_t>(row.position),
                          static_cast<std::int32_t>(row.rope_position)};
-      for (std::size_t turn = 0; turn < turns; ++turn) {
-        staged_adapters_[turn * max_rows_ + b] = turn < row.adapters->size() ? (*row.adapters)[turn] : -1;
-      }
-      std::copy_n(row.cache->blocks(), row.position / cpu::kCacheBlock + 1, staged_blocks_.data() + b * width);
+      std::copy_n(row.cache->blocks(), blocks_of(row), table);
     }
-    copy(rows_.data(), staged_rows_.data(), rows.size() * sizeof(Row));
+    copy(rows_.data(), staged_rows_.data(), batch * sizeof(Row));
     if (turns) copy(adapters_.data(), staged_adapters_.data(), turns * max_rows_ * sizeof(std::int32_t));
-    copy(blocks_.data(), staged_blocks_.data(), rows.size() * width * sizeof(std::byte*));
+    copy(blocks_.data(), staged_blocks_.data(), batch * width * sizeof(std::byte*));
     return static_cast<int>(turns);
   }
 
@@ -259,7 +295,9 @@ class CudaStepper final : public engine::Stepper {
       arrive(l, kBlock, layer.post_mlp, last ? plan_.final_norm : plan_.layers[l + 1].input, batch, turns);
     }
     multiply({&plan_.head}, normed_.data(), batch, {logits_.data()}, "the head");
-    check(finish(stream_, logits_.data(), plan_.vocabulary, plan_.logit_softcap, likeliest_.data(), batch), "the logits");
+    const Finish end{logits_.data(), plan_.vocabulary, plan_.logit_softcap, bests_.data(),
+                     tickets_.data() + std::size_t(max_rows_) * (plan_.heads + 1), likeliest_.data()};
+    check(finish(stream_, end, batch), "the logits");
   }
 
   int hidden_size() const { return static_cast<int>(plan_.hidden_size); }
@@ -311,15 +349,19 @@ class CudaStepper final : public engine::Stepper {
   const DType dtype_;
   OwnStream stream_;
   DeviceMemory memory_;
+  Loop loop_;
+  const bool repeats_;
   DeviceArray<Row> rows_;
   PinnedArray<Row> staged_rows_;
   DeviceArray<float> residual_, update_, q_, k_, v_, pieces_, logits_, cosine_, sine_, frequencies_, scaling_;
   DeviceArray<std::byte> normed_, attended_, inner_;
-  DeviceArray<unsigned> tickets_;  // [B][H] of attention, [B] of steering
-  PinnedArray<float> host_logits_;
+  DeviceArray<unsigned> tickets_;  // [B][H] of attention, [B] of steering, [B] of the logits, one of the loop
+  DeviceArray<Best> bests_;
   DeviceArray<std::int64_t> likeliest_;
+  PinnedArray<float> host_logits_;
   PinnedArray<std::int64_t> host_likeliest_;
-  DeviceArray<std::byte*> blocks_;  // [B][blocks of the longest row]
+  DeviceArray<std::byte> idle_block_;  // where rows that stand for nothing have their one position
+  DeviceArray<std::byte*> blocks_;     // [B][blocks of the longest row]
   PinnedArray<std::byte*> staged_blocks_;
   DeviceArray<std::byte* const*> tables_;  // [B], into blocks_
   std::vector<bool> acts_;  // [layers][places]: some adapter does
@@ -328,7 +370,7 @@ class CudaStepper final : public engine::Stepper {
   DeviceArray<float> hidden_, activated_, gates_;
   DeviceArray<std::int32_t> adapters_;  // [turns][B]
   PinnedArray<std::int32_t> staged_adapters_;
-  std::map<std::pair<int, int>, std::unique_ptr<Graph>> graphs_;  // by rows and turns
+  std::map<std::pair<int, int>, std::unique_ptr<Graph>> steps_, loops_;  // by rows and turns
 };
 
 bool multiple_of_eight(std::int64_t x) { return x % 8 == 0; }
@@ -372,11 +414,11 @@ std::string refusal(const Plan& plan) {
   return {};
 }
 
-std::unique_ptr<engine::Stepper> make_stepper(const Plan& plan, int max_rows, int device) {
+std::unique_ptr<engine::Stepper> make_stepper(const Plan& plan, int max_rows, int device, LoopForm form) {
   if (max_rows < 1 || max_rows > kMostRows) throw std::invalid_argument("max_rows: expected 1 to 64");
   if (const std::string reason = refusal(plan); !reason.empty()) throw std::invalid_argument("plan: " + reason);
   const CurrentDevice current(device);
-  return std::make_unique<CudaStepper>(plan, max_rows, device);
+  return std::make_unique<CudaStepper>(plan, max_rows, device, form);
 }
 
 }  // namespace dive::cuda

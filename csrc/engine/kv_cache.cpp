@@ -24,16 +24,17 @@ class HostMemory final : public CacheMemory {
 
   void release(std::byte* memory) override { std::free(memory); }
 
-  void copy(const std::byte* from, std::int64_t from_head, std::int64_t from_position, std::byte* to,
-            std::int64_t to_head, int heads, std::int64_t positions, std::int64_t row_bytes) override {
-    for (int head = 0; head < heads; ++head) {
-      const std::byte* source = from + head * from_head;
-      std::byte* target = to + head * to_head;
-      if (from_position == row_bytes) {
-        std::memcpy(target, source, positions * row_bytes);
-      } else {
-        for (std::int64_t i = 0; i < positions; ++i) {
-          std::memcpy(target + i * row_bytes, source + i * from_position, row_bytes);
+  void copy(const std::vector<HeadsCopy>& copies, int heads, std::int64_t row_bytes, bool) override {
+    for (const HeadsCopy& copy : copies) {
+      for (int head = 0; head < heads; ++head) {
+        const std::byte* from = copy.from + head * copy.from_head;
+        std::byte* to = copy.to + head * copy.to_head;
+        if (copy.from_position == row_bytes) {
+          std::memcpy(to, from, copy.positions * row_bytes);
+          continue;
+        }
+        for (std::int64_t i = 0; i < copy.positions; ++i, from += copy.from_position, to += row_bytes) {
+          std::memcpy(to, from, row_bytes);
         }
       }
     }
@@ -67,10 +68,12 @@ BlockPool::Block BlockPool::take() {
 }
 
 void BlockPool::copy(const std::byte* from, std::byte* to, std::int64_t positions) const {
+  const std::int64_t head = kBlock * row_;
+  std::vector<HeadsCopy> copies;
   for (std::size_t slab = 0; slab < 2 * layers_; ++slab) {
-    const std::int64_t head = kBlock * row_;
-    memory_.copy(from + slab * slab_, head, row_, to + slab * slab_, head, kv_heads_, positions, row_);
+    copies.push_back({from + slab * slab_, head, row_, to + slab * slab_, head, positions});
   }
+  memory_.copy(copies, kv_heads_, row_, false);
 }
 
 void KvCache::add(BlockPool::Block block) {
@@ -80,34 +83,32 @@ void KvCache::add(BlockPool::Block block) {
 
 void KvCache::fill(const std::vector<PrefilledLayer>& layers, std::int64_t count) {
   const std::int64_t element = pool_->element_, row = pool_->row_bytes();
-  const auto copy = [&](const void* from, std::int64_t head, std::int64_t position, std::int64_t first,
-                        std::int64_t some, std::int64_t slab) {
-    pool_->memory_.copy(static_cast<const std::byte*>(from) + first * position * element, head * element,
-                        position * element, table_.back() + slab, kBlock * row, pool_->kv_heads(), some, row);
-  };
-  pool_->memory_.begin_copies();
+  std::vector<HeadsCopy> copies;
   for (std::int64_t first = 0; first < count; first += kBlock) {
     add(pool_->take());
     const std::int64_t some = std::min(kBlock, count - first);
+    const auto copy = [&](const void* from, std::int64_t head, std::int64_t position, std::int64_t slab) {
+      copies.push_back({static_cast<const std::byte*>(from) + first * position * element, head * element,
+                        position * element, table_.back() + slab, kBlock * row, some});
+    };
     for (std::size_t l = 0; l < layers.size(); ++l) {
-      const PrefilledLayer& from = layers[l];
-      copy(from.keys, from.keys_head_stride, from.keys_stride, first, some, keys(l));
-      copy(from.values, from.values_head_stride, from.values_stride, first, some, values(l));
+      copy(layers[l].keys, layers[l].keys_head_stride, layers[l].keys_stride, keys(l));
+      copy(layers[l].values, layers[l].values_head_stride, layers[l].values_stride, values(l));
     }
   }
-  pool_->memory_.end_copies();
+  pool_->memory_.copy(copies, pool_->kv_heads(), row, true);
 }
 
-void KvCache::make_room(std::int64_t position) {
+void KvCache::make_room(std::int64_t position, std::int64_t count) {
   const std::size_t index = static_cast<std::size_t>(position / kBlock);
-  if (index == held_.size()) {
-    add(pool_->take());
-  } else if (held_[index].use_count() > 1) {
+  if (index < held_.size() && held_[index].use_count() > 1) {
     BlockPool::Block own = pool_->take();
     pool_->copy(held_[index].get(), own.get(), position % kBlock);
     table_[index] = own.get();
     held_[index] = std::move(own);
   }
+  const std::size_t last = static_cast<std::size_t>((position + count - 1) / kBlock);
+  while (held_.size() <= last) add(pool_->take());
 }
 
 }  // namespace dive::engine

@@ -18,7 +18,16 @@ struct PrefilledLayer {
   std::int64_t keys_head_stride, keys_stride, values_head_stride, values_stride;
 };
 
-// Where cache blocks lie. Rows of a block are `row_bytes` long and follow each other within a head.
+// Rows [heads][positions] from one place to another. Strides count bytes; within a head, rows of the target follow each
+// other.
+struct HeadsCopy {
+  const std::byte* from;
+  std::int64_t from_head, from_position;
+  std::byte* to;
+  std::int64_t to_head, positions;
+};
+
+// Where cache blocks lie.
 class CacheMemory {
  public:
   virtual ~CacheMemory() = default;
@@ -27,13 +36,9 @@ class CacheMemory {
   virtual std::byte* allocate(std::size_t bytes) = 0;
   virtual void release(std::byte* memory) = 0;
 
-  // Copies rows [heads][positions], in the order of the steps that use them.
-  virtual void copy(const std::byte* from, std::int64_t from_head, std::int64_t from_position, std::byte* to,
-                    std::int64_t to_head, int heads, std::int64_t positions, std::int64_t row_bytes) = 0;
-
-  // Around copies from memory of others: it is ready at the beginning, and may change after the end.
-  virtual void begin_copies() {}
-  virtual void end_copies() {}
+  // In the order of the steps that use them. `foreign` where the memory copied from is not this one's: it is ready at
+  // the beginning, and may change when this returns.
+  virtual void copy(const std::vector<HeadsCopy>& copies, int heads, std::int64_t row_bytes, bool foreign) = 0;
 };
 
 // The host's own.
@@ -89,9 +94,9 @@ class KvCache {
   // Positions 0 ... count - 1 from a prompt's tensors; the cache must be empty.
   void fill(const std::vector<PrefilledLayer>& layers, std::int64_t count);
 
-  // Before `position`, the first one behind those written, is written: sees to it that its block is there, and this
-  // sequence's alone.
-  void make_room(std::int64_t position);
+  // Before `count` positions from `position` on, the first one behind those written, are written: sees to it that their
+  // blocks are there, and this sequence's alone.
+  void make_room(std::int64_t position, std::int64_t count = 1);
 
   std::byte* const* blocks() const { return table_.data(); }
   std::int64_t keys(std::size_t layer) const { return pool_->keys(layer); }

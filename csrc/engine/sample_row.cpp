@@ -20,7 +20,7 @@ class SampledRow final : public Task {
 
   void prepare(std::vector<StepRow>& rows) override {
     cache_.make_room(position_);
-    rows.push_back({token_, position_, position_ + request_->rope_offset, &cache_, &request_->adapters});
+    rows.push_back(row());
   }
 
   void see(std::size_t, float* logits, std::int64_t likeliest) override {
@@ -57,9 +57,33 @@ class SampledRow final : public Task {
     return result_->finish != Finish::kUnfinished;
   }
 
+  bool loops() const override {
+    const bool forced = result_->tokens.size() < request_->forced.size();
+    return !request_->stop && !forced && request_->eos.size() <= kMostLoopEos;
+  }
+
+  std::int64_t most_steps() const override {
+    return request_->max_new_tokens - static_cast<std::int64_t>(result_->tokens.size());
+  }
+
+  LoopRow loop_row(std::int64_t steps) override {
+    cache_.make_room(position_, steps);
+    return {row(), &sampling_, &seen_.tokens(), &request_->eos, static_cast<std::int64_t>(result_->tokens.size()),
+            request_->min_new_tokens, request_->max_new_tokens, request_->log_probs};
+  }
+
+  bool take(const Choice& choice) override {
+    choice_ = choice;
+    return advance();
+  }
+
   void cancel() override { result_->finish = Finish::kCancelled; }
 
  private:
+  StepRow row() const {
+    return {token_, position_, position_ + request_->rope_offset, &cache_, &request_->adapters};
+  }
+
   const std::int64_t vocabulary_;
   const std::shared_ptr<const Request> request_;
   Sampling sampling_;

@@ -1,12 +1,13 @@
 #include "engine/sampler.h"
 
 #include <algorithm>
-#include <array>
-#include <bit>
 #include <cmath>
 #include <functional>
 #include <limits>
 #include <utility>
+#include <vector>
+
+#include "engine/draws.h"
 
 namespace dive::engine {
 namespace {
@@ -41,26 +42,6 @@ float kth_largest(const float* logits, std::int64_t vocabulary, std::int64_t k) 
   return sorted[k - 1];
 }
 
-// e^x for x <= 0, within 2 units in the last place; 0 below -87 and for NaN. Without branches or calls, so that a loop
-// over a vocabulary becomes vector instructions; constants and method are those of csrc/cpu/vec.h.
-inline float exp_of_negative(float x) {
-  const float in = x > -87.0f ? x : -87.0f;
-  const float shifter = 12582912.0f;
-  const float shifted = in * 1.44269504088896341f + shifter;
-  const float n = shifted - shifter;
-  const float f = (in - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * (f * f) + f + 1.0f;
-  const std::int32_t exponent = std::bit_cast<std::int32_t>(shifted) - std::bit_cast<std::int32_t>(shifter);
-  const float power = std::bit_cast<float>((exponent + 127) << 23);
-  return x > -87.0f ? p * power : 0.0f;
-}
-
 // exp((logit - top) / temperature), 0 below `lowest`; and the sums of blocks of them.
 struct Weights {
   std::vector<float> each;
@@ -69,8 +50,7 @@ struct Weights {
 
   Weights(const float* logits, std::int64_t vocabulary, float top, float temperature, float lowest)
       : each(vocabulary), blocks((vocabulary + kBlock - 1) / kBlock) {
-    // The smallest temperatures have no finite inverse, and 0 * infinity is not a number.
-    const float factor = std::min(1.0f / temperature, std::numeric_limits<float>::max());
+    const float factor = inverse_of_temperature(temperature);
     for (std::int64_t v = 0; v < vocabulary; ++v) {
       const float weight = exp_of_negative((logits[v] - top) * factor);
       each[v] = logits[v] >= lowest ? weight : 0.0f;
@@ -142,7 +122,11 @@ std::int64_t sampled(const Sampling& sampling, const float* logits, std::int64_t
   for (std::int64_t v = 0; v < vocabulary; ++v) {
     if (weights.each[v] > 0.0f && weights.each[v] >= least) kept.push_back({v, weights.each[v]});
   }
-  if (sampling.top_p < 1) keep_top_p(kept, sampling.top_p * weights.total);
+  if (sampling.top_p < 1) {
+    keep_top_p(kept, sampling.top_p * weights.total);
+    // Draws walk through the vocabulary in its own order, which a device need not sort for.
+    std::sort(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+  }
   return draw(kept, u);
 }
 
@@ -154,21 +138,6 @@ double log_sum_exp(const float* logits, std::int64_t vocabulary, float top) {
     if (logits[v] <= top) total += std::exp(logits[v] - top);
   }
   return top + std::log(total);
-}
-
-double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step) {
-  std::array<std::uint32_t, 4> counter{static_cast<std::uint32_t>(step), static_cast<std::uint32_t>(step >> 32),
-                                       static_cast<std::uint32_t>(stream), static_cast<std::uint32_t>(stream >> 32)};
-  std::uint32_t key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t a = std::uint64_t{0xD2511F53} * counter[0], b = std::uint64_t{0xCD9E8D57} * counter[2];
-    counter = {static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key0, static_cast<std::uint32_t>(b),
-               static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key1, static_cast<std::uint32_t>(a)};
-    key0 += 0x9E3779B9;
-    key1 += 0xBB67AE85;
-  }
-  const std::uint64_t bits = std::uint64_t{counter[0]} << 32 | counter[1];
-  return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
 Choice choose(const Sampling& sampling, float* logits, std::int64_t vocabulary, std::int64_t likeliest,

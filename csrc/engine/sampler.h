@@ -17,10 +17,6 @@ struct Sampling {
   std::uint64_t seed = 0, stream = 0;  // (seed, stream, step) alone decide a draw
 };
 
-// A number in [0, 1) for a step of a stream: Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2,
-// 3", 2011), so a row needs no state and does not feel its neighbours.
-double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step);
-
 // log(sum of e^logits); `top` is the largest of them.
 double log_sum_exp(const float* logits, std::int64_t vocabulary, float top);
 

@@ -1,7 +1,9 @@
 #include "engine/session.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <exception>
 #include <stdexcept>
 #include <utility>
 
@@ -14,6 +16,22 @@ namespace {
 constexpr std::chrono::milliseconds kPollInterval{50};
 
 }  // namespace
+
+// Asks the caller now and then whether to go on.
+class Session::Poll {
+ public:
+  explicit Poll(const Callbacks& callbacks) : ask_(callbacks.poll) {}
+
+  void operator()() {
+    if (!ask_ || std::chrono::steady_clock::now() < next_) return;
+    ask_();
+    next_ = std::chrono::steady_clock::now() + kPollInterval;
+  }
+
+ private:
+  const std::function<void()>& ask_;
+  std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now() + kPollInterval;
+};
 
 Session::Session(const Plan& plan, std::unique_ptr<Stepper> stepper, int max_rows)
     : plan_(plan), stepper_(std::move(stepper)), max_rows_(max_rows), pool_(plan, stepper_->memory()) {}
@@ -55,7 +73,7 @@ std::int64_t Session::submit(Request given, const std::vector<PrefilledLayer>& l
 }
 
 void Session::run(const Callbacks& callbacks, int until_free) {
-  auto next_poll = std::chrono::steady_clock::now() + kPollInterval;
+  Poll poll(callbacks);
   for (;;) {
     admit();
     if (active_.empty()) return;
@@ -63,6 +81,10 @@ void Session::run(const Callbacks& callbacks, int until_free) {
     if (cancelled_.exchange(false, std::memory_order_relaxed)) {
       cancel_all();
       return;
+    }
+    if (loops()) {
+      loop(callbacks, poll);
+      continue;
     }
     step();
     // All rows take their token in before anyone is told, so that a callback that throws leaves nothing half done. The
@@ -76,11 +98,54 @@ void Session::run(const Callbacks& callbacks, int until_free) {
     if (callbacks.token) {
       for (const auto& [number, token] : told_) callbacks.token(number, token);
     }
-    if (callbacks.poll && std::chrono::steady_clock::now() >= next_poll) {
-      callbacks.poll();
-      next_poll = std::chrono::steady_clock::now() + kPollInterval;
-    }
+    poll();
   }
+}
+
+bool Session::loops() const {
+  const auto loops = [](const std::unique_ptr<Task>& task) { return task->loops(); };
+  return stepper_->most_loop_steps() > 0 && std::all_of(active_.begin(), active_.end(), loops);
+}
+
+// The device goes on by itself until a row has ended. A callback that throws ends the loop, and what the device has
+// done until then is taken in, but nobody is told of it.
+void Session::loop(const Callbacks& callbacks, Poll& poll) {
+  std::int64_t steps = stepper_->most_loop_steps();
+  for (const auto& task : active_) steps = std::min(steps, task->most_steps());
+  std::vector<LoopRow> rows;
+  for (const auto& task : active_) rows.push_back(task->loop_row(steps));
+  std::vector<bool> ended(rows.size());
+  std::exception_ptr thrown;
+  const auto guarded = [&](auto&& call) {
+    if (thrown) return;
+    try {
+      call();
+    } catch (...) {
+      thrown = std::current_exception();
+    }
+  };
+  const auto taken = [&](const Choice* choices) {
+    told_.clear();
+    for (std::size_t i = 0; i < rows.size(); ++i) ended[i] = active_[i]->take(choices[i]);
+    ++steps_;
+    rows_run_ += static_cast<std::int64_t>(rows.size());
+    if (!callbacks.token) return;
+    guarded([&] {
+      for (const auto& [number, token] : told_) callbacks.token(number, token);
+    });
+  };
+  const auto wants_stop = [&] {
+    guarded(poll);
+    return thrown || cancelled_.load(std::memory_order_relaxed);
+  };
+  stepper_->loop(rows, static_cast<int>(steps), taken, wants_stop);
+  std::size_t i = 0;
+  std::erase_if(active_, [&](const std::unique_ptr<Task>& task) {
+    if (!ended[i++]) return false;
+    rows_taken_ -= task->most_rows();
+    return true;
+  });
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 void Session::admit() {

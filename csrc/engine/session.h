@@ -50,9 +50,13 @@ class Session {
   const BlockPool& pool() const { return pool_; }
 
  private:
+  class Poll;
+
   void check_results(const Request& request) const;
   void admit();
   void step();
+  bool loops() const;
+  void loop(const Callbacks& callbacks, Poll& poll);
   void cancel_all();
 
   const Plan& plan_;

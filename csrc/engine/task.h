@@ -31,6 +31,18 @@ class Task {
   // Takes in what was seen; true where the task has ended.
   virtual bool advance() = 0;
 
+  // Whether a device can go on with it for some steps by itself.
+  virtual bool loops() const { return false; }
+
+  // Of a task that loops, the steps until it has all its tokens.
+  virtual std::int64_t most_steps() const { return 0; }
+
+  // Of a task that loops, its one row, with room in its cache for so many steps.
+  virtual LoopRow loop_row(std::int64_t) { return {}; }
+
+  // Of a task that loops: takes in what the device chose; true where the task has ended.
+  virtual bool take(const Choice&) { return true; }
+
   virtual void cancel() = 0;
 };
 

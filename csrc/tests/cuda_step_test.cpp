@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,11 +15,14 @@
 #include "cuda/step.h"
 #include "cuda_on_host/control.h"
 #include "engine/session.h"
+#include "tests/engine_requests.h"
+#include "tests/looping_stepper.h"
 #include "tests/random_decoder.h"
 
 namespace {
 
 using namespace random_decoder;
+using dive::cuda::LoopForm;
 
 constexpr int kSteps = 4;
 
@@ -108,11 +112,122 @@ void logits_depend_on_the_row_alone() {
   }
 }
 
+// What comes of requests of every kind that a device takes by itself, and of some that it does not.
+std::vector<Result> results_of(const Model& model, const std::vector<Request>& requests, std::unique_ptr<Stepper> stepper,
+                               int max_rows, const Session::Callbacks& callbacks = {}) {
+  Session session(model.plan, std::move(stepper), max_rows);
+  for (const Request& request : requests) submit(session, model, request);
+  for (bool done = false; !done;) {
+    try {
+      session.run(callbacks, 0);
+      done = true;
+    } catch (const std::length_error&) {
+    }
+  }
+  return taken(session, requests);
+}
+
+// As `same`, but for the last bits of log-probabilities, whose sums are taken in another order.
+bool alike(const std::vector<Result>& a, const std::vector<Result>& b) {
+  bool equal = a.size() == b.size();
+  for (std::size_t i = 0; equal && i < a.size(); ++i) {
+    equal = a[i].tokens == b[i].tokens && a[i].finish == b[i].finish && a[i].log_probs.size() == b[i].log_probs.size();
+    for (std::size_t t = 0; equal && t < a[i].log_probs.size(); ++t) {
+      equal = std::fabs(a[i].log_probs[t] - b[i].log_probs[t]) <= 1e-5f * std::max(1.0f, std::fabs(a[i].log_probs[t]));
+    }
+  }
+  return equal;
+}
+
+void the_devices_loop_gives_what_the_hosts_sampler_gives() {
+  int calls = 0;
+  for (std::uint64_t seed = 0; seed < 4; ++seed) {
+    const Model model = model_of(seed);
+    std::vector<Request> requests = requests_for(model, 5);
+    for (Request& request : requests) {
+      request.max_new_tokens = std::min<std::int64_t>(request.max_new_tokens, 5);
+      request.min_new_tokens = std::min(request.min_new_tokens, request.max_new_tokens);
+      if (seed) request.stop = nullptr, request.search = {};
+    }
+    const auto stepper = [&](LoopForm form) { return dive::cuda::make_stepper(model.plan, 3, 0, form); };
+    dive_host_cuda_seed(seed);
+    const std::vector<Result> expected = results_of(
+        model, requests, std::make_unique<LoopingStepper>(model.plan, stepper(LoopForm::kBest), 5), 3);
+    Session::Callbacks throwing;
+    throwing.token = [&](std::int64_t, std::int64_t) {
+      if (++calls % 5 == 0) throw std::length_error("enough");
+    };
+    for (const LoopForm form : {LoopForm::kBest, LoopForm::kStepByStep}) {
+      const std::string where = "seed " + std::to_string(seed) + (form == LoopForm::kBest ? "" : ", step by step");
+      dive_host_cuda_seed(seed + 50);
+      const Session::Callbacks callbacks = seed % 2 ? throwing : Session::Callbacks{};
+      expect(alike(expected, results_of(model, requests, stepper(form), 3, callbacks)), where + ": other results");
+    }
+  }
+  expect(calls > 5, "no token was told");
+}
+
+void a_loop_ends_where_it_is_asked_to() {
+  const Model model = model_of(1);
+  Session session(model.plan, dive::cuda::make_stepper(model.plan, 2, 0, LoopForm::kStepByStep), 2);
+  Request request;
+  request.prompt = {0};
+  request.streams = {0};
+  request.max_new_tokens = 100;
+  submit(session, model, request);
+  int told = 0;
+  Session::Callbacks callbacks;
+  callbacks.token = [&](std::int64_t, std::int64_t) {
+    if (++told == 3) session.cancel();
+  };
+  session.run(callbacks, 0);
+  const Result result = session.take(0);
+  expect(result.finish == Finish::kCancelled && result.tokens.size() <= 5, "a loop went on after it was cancelled");
+}
+
+// Every call of the runtime fails once: an error that names it, and nothing is left behind.
+void every_failure_arrives() {
+  const Model model = model_of(4);
+  std::vector<Request> requests = requests_for(model, 3);
+  for (Request& request : requests) {
+    request.stop = nullptr, request.search = {};
+    request.max_new_tokens = 1;
+    request.min_new_tokens = 0;
+    request.streams.resize(1);
+    request.sampling = {};
+    request.sampling.repetition_penalty = 1.2f;
+  }
+  const std::size_t before = dive_host_cuda_live_bytes();
+  std::uint64_t index = 0;
+  for (bool failed = true; failed; ++index) {
+    dive_host_cuda_fail(index, cudaErrorUnknown);
+    std::string message;
+    try {
+      results_of(model, requests, dive::cuda::make_stepper(model.plan, 3, 0), 3);
+    } catch (const std::runtime_error& error) {
+      message = error.what();
+    }
+    failed = dive_host_cuda_failed();
+    dive_host_cuda_fail(0, cudaSuccess);
+    // Of what only frees or asks whether a driver can repeat, a failure is not seen.
+    if (failed && !message.empty()) {
+      expect(message.starts_with("CUDA: ") && message.find("cudaErrorUnknown") != std::string::npos, message);
+    }
+    expect(dive_host_cuda_live_bytes() == before, "failure " + std::to_string(index) + " leaves memory: " + message);
+  }
+  expect(index > 50, "too few calls were made to fail");
+}
+
 }  // namespace
 
 int main() {
-  logits_are_the_cpu_steps();
-  logits_depend_on_the_row_alone();
+  run_tests({
+      {"logits are the CPU step's", logits_are_the_cpu_steps},
+      {"logits depend on the row alone", logits_depend_on_the_row_alone},
+      {"the device's loop gives what the host's sampler gives", the_devices_loop_gives_what_the_hosts_sampler_gives},
+      {"a loop ends where it is asked to", a_loop_ends_where_it_is_asked_to},
+      {"every failure arrives", every_failure_arrives},
+  });
   expect(dive_host_cuda_live_bytes() == 0, "memory of the device is left");
   std::puts("cuda_step_test: passed");
 }

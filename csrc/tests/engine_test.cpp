@@ -4,137 +4,34 @@
 // here they must be finite and the same, to the bit, however the work is divided.
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
 #include <memory>
 #include <new>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/decode.h"
 #include "cpu/isa.h"
-#include "cpu/step.h"
-#include "engine/check.h"
-#include "engine/plan.h"
 #include "engine/session.h"
-#include "engine/stop_strings.h"
-#include "tests/random_decoder.h"
+#include "tests/engine_requests.h"
+#include "tests/looping_stepper.h"
 
 namespace {
 
 using namespace dive::engine;
 using namespace random_decoder;
-using dive::cpu::Isa;
-
-struct Team {
-  int rows, threads;
-  Isa isa;
-};
-
-Session session_of(const Model& model, Team team) {
-  return Session(model.plan, dive::cpu::make_stepper(model.plan, team.rows, team.threads, team.isa), team.rows);
-}
-
-// The prompt's cache lives only until it was handed over.
-void submit(Session& session, const Model& model, Request request) {
-  const Plan& plan = model.plan;
-  Random random{std::mt19937_64(request.streams[0])};
-  Memory memory;
-  std::vector<PrefilledLayer> layers;
-  for (std::size_t l = 0; request.prefilled > 0 && l < plan.layers.size(); ++l) {
-    const std::int64_t stride = plan.head_size + random.below(3), head_stride = request.prefilled * stride;
-    const std::int64_t count = (plan.kv_heads - 1) * head_stride + (request.prefilled - 1) * stride + plan.head_size;
-    const void* keys = memory.elements(random, count, plan.cache_dtype, 1);
-    layers.push_back({keys, memory.elements(random, count, plan.cache_dtype, 1), head_stride, stride, head_stride, stride});
-  }
-  session.submit(std::move(request), layers);
-}
-
-// Every way of choosing tokens, prompts of several cache blocks and of one token, every combination of adapters. Among
-// each five are one of three results, one that stop strings end and, if there are tokens enough, a search.
-std::vector<Request> requests_for(const Model& model, int count) {
-  const Plan& plan = model.plan;
-  Random random{std::mt19937_64(7)};
-  const auto texts = std::make_shared<TokenTexts>();
-  for (std::int64_t v = 0; v < plan.vocabulary; ++v) texts->of.push_back(std::string(1, 'a' + v % 7));
-  const auto stop = std::make_shared<StopStrings>(StopStrings{texts, {"ab", "cde", "f"}});
-  std::vector<Request> requests;
-  for (int i = 0; i < count; ++i) {
-    Request request;
-    for (std::int64_t n = 1 + random.below(5); n > 0; --n) request.prompt.push_back(random.below(plan.vocabulary));
-    request.prefilled = i % 3 == 0 ? 0 : random.below(150);
-    request.rope_offset = random.below(20) - 10;
-    for (std::size_t a = 0; a < plan.adapters.size(); ++a) {
-      if (random.coin()) request.adapters.insert(request.adapters.begin(), static_cast<int>(a));
-    }
-    Sampling& s = request.sampling;
-    s.seed = 5;
-    const std::uint64_t stream = 10 * static_cast<std::uint64_t>(i);
-    request.streams = {stream};
-    if (i % 5 == 2) request.streams = {stream, stream + 1, stream + 2};
-    if (i % 5 == 3) request.stop = stop;
-    if (i % 4 != 0) {
-      s.temperature = i % 4 == 3 ? 1e-42f : 0.8f;
-      s.top_k = random.coin() ? 0 : 1 + random.below(plan.vocabulary + 5);
-      s.top_p = random.coin() ? 1 : 0.7f;
-      s.min_p = random.coin() ? 0 : 0.1f;
-    }
-    if (random.coin()) s.repetition_penalty = 1.3f;
-    if (random.coin()) request.eos = {random.below(plan.vocabulary), random.below(plan.vocabulary)};
-    request.max_new_tokens = 1 + random.below(30);
-    request.min_new_tokens = random.below(request.max_new_tokens + 1);
-    request.log_probs = random.coin();
-    if (i % 5 == 4 && plan.vocabulary > 20) {
-      request.search = {3, random.number(1, 1), static_cast<BeamOptions::Early>(random.below(3))};
-      request.streams = {stream, stream + 1};
-    }
-    requests.push_back(std::move(request));
-  }
-  return requests;
-}
-
-std::vector<Result> taken(Session& session, const std::vector<Request>& requests) {
-  std::vector<Result> results;
-  for (const Request& request : requests) {
-    for (std::size_t i = 0; i < request.streams.size(); ++i) {
-      results.push_back(session.take(static_cast<std::int64_t>(results.size())));
-    }
-  }
-  return results;
-}
-
-std::vector<Result> decode(const Model& model, const std::vector<Request>& requests, Team team) {
-  Session session = session_of(model, team);
-  for (const Request& request : requests) submit(session, model, request);
-  session.run({}, 0);
-  return taken(session, requests);
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
-}
-
-bool same(const std::vector<Result>& a, const std::vector<Result>& b) {
-  bool equal = a.size() == b.size();
-  for (std::size_t i = 0; equal && i < a.size(); ++i) {
-    equal = a[i].tokens == b[i].tokens && same_bits(a[i].log_probs, b[i].log_probs) && a[i].finish == b[i].finish;
-  }
-  return equal;
-}
-
-const std::vector<Isa>& levels() {
-  static const std::vector<Isa> usable = dive::cpu::usable_isas();
-  return usable;
-}
 
 constexpr int kModels = 32;
+
+// A session whose device has a loop of so many steps.
+Session looping_session(const Model& model, int rows, int steps) {
+  auto stepper = dive::cpu::make_stepper(model.plan, rows, 1, levels().back());
+  return Session(model.plan, std::make_unique<LoopingStepper>(model.plan, std::move(stepper), steps), rows);
+}
 
 void tokens_do_not_depend_on_the_team_or_the_batch() {
   for (int seed = 0; seed < kModels; ++seed) {
@@ -227,7 +124,8 @@ void an_unfinished_outcome_is_a_copy() {
 void another_thread_cancels() {
   const Model model(3);
   for (int turn = 0; turn < 5; ++turn) {
-    Session session = session_of(model, {3, 2, levels().back()});
+    const Team team{3, 2, levels().back()};
+    Session session = turn < 3 ? session_of(model, team) : looping_session(model, 3, 50);
     // Rows under way and waiting ones, or a search that has not begun.
     const std::vector<Request> requests = requests_for(model, turn % 2 ? 3 : 5);
     for (Request request : requests) {
@@ -277,129 +175,62 @@ void exceptions_of_workers_arrive() {
   }
 }
 
-void refused(const std::string& part, const std::function<void()>& body) {
-  try {
-    body();
-  } catch (const std::invalid_argument& error) {
-    expect(std::string(error.what()).find(part) != std::string::npos, part + ": the message is " + error.what());
-    return;
-  }
-  expect(false, part + ": was not refused");
-}
-
-void bad_plans_are_refused() {
-  const Model model(5);
-  const auto bad = [&](const std::string& part, const std::function<void(Plan&)>& change) {
-    Plan plan = model.plan;
-    change(plan);
-    refused(part, [&] { check(plan); });
-  };
-  constexpr std::int64_t kHuge = std::int64_t{1} << 62;
-  bad("hidden_size", [](Plan& p) { p.hidden_size = 0; });
-  bad("hidden_size", [](Plan& p) { p.hidden_size = kHuge; });
-  bad("vocabulary", [](Plan& p) { p.vocabulary = -1; });
-  bad("rows of the embedding", [](Plan& p) { p.vocabulary += 1; });
-  bad("kv_heads", [](Plan& p) { p.kv_heads = 0; });
-  bad("head_size", [](Plan& p) { p.head_size += 1; });
-  bad("heads * head_size", [](Plan& p) { p.heads = p.head_size = 1 << 30; });
-  bad("layer 0: q_proj is [", [](Plan& p) { p.layers[0].q_proj.rows += 1; });
-  bad("layer 0: down_proj is [", [](Plan& p) { p.layers[0].down_proj.columns = kHuge; });
-  bad("layer 0: k_proj has no data", [](Plan& p) { p.layers[0].k_proj.data = nullptr; });
-  bad("the head row stride", [](Plan& p) { p.head.row_stride = p.hidden_size - 1; });
-  bad("row stride", [](Plan& p) { p.layers[0].gate_proj.row_stride = kHuge; });
-  bad("dtype", [](Plan& p) { p.layers[0].up_proj.dtype = static_cast<DType>(3); });
-  bad("aligned", [](Plan& p) {
-    p.head.dtype = DType::kFloat32;
-    p.head.scales = nullptr;
-    p.head.data = static_cast<const char*>(p.head.data) + 2;
-  });
-  bad("end of memory", [](Plan& p) { p.final_norm.weight = reinterpret_cast<const float*>(~std::uintptr_t{3}); });
-  bad("the final norm has no data", [](Plan& p) { p.final_norm.weight = nullptr; });
-  bad("eps", [](Plan& p) { p.final_norm.eps = std::nanf(""); });
-  bad("eps", [](Plan& p) { p.layers[0].input.eps = -1; });
-  bad("layer 0: rope", [](Plan& p) { p.layers[0].rope = static_cast<int>(p.ropes.size()); });
-  bad("layer 0: window", [](Plan& p) { p.layers[0].window = -1; });
-  bad("number of frequencies", [](Plan& p) { p.ropes[0].inverse_frequency.pop_back(); });
-  bad("frequency", [](Plan& p) { p.ropes[0].inverse_frequency[0] = INFINITY; });
-  bad("activation", [](Plan& p) { p.activation = static_cast<dive::cpu::GatedActivation>(-1); });
-  bad("cache_dtype", [](Plan& p) { p.cache_dtype = static_cast<DType>(9); });
-  bad("attention_scale", [](Plan& p) { p.attention_scale = INFINITY; });
-  bad("logit_softcap", [](Plan& p) { p.logit_softcap = -1; });
-  bad("number of layers", [](Plan& p) { p.layers.clear(); });
-  const auto bad_steering = [&](const std::string& part, const std::function<void(Plan&, Steering&)>& change) {
-    bad(part, [&](Plan& p) {
-      p.adapters.assign(1, {});
-      p.adapters[0].attention.resize(p.layers.size());
-      p.adapters[0].block.resize(p.layers.size());
-      p.adapters[0].block.back() = Steering{};
-      change(p, *p.adapters[0].block.back());
-    });
-  };
-  bad_steering("number of layers", [](Plan& p, Steering&) { p.adapters[0].attention.pop_back(); });
-  bad_steering("rank", [](Plan&, Steering& s) { s.rank = -1; });
-  bad_steering("matrices is [0, 0]", [](Plan&, Steering& s) { s.rank = 4; });
-  bad_steering("gaps", [](Plan& p, Steering& s) {
-    s.rank = 1;
-    const std::int64_t padded = (p.hidden_size + dive::cpu::kRankPanel - 1) / dive::cpu::kRankPanel * dive::cpu::kRankPanel;
-    s.matrices = {p.final_norm.weight, DType::kFloat32, nullptr, 2, padded, padded + 1, nullptr};
-  });
-  bad_steering("activation", [](Plan&, Steering& s) { s.activation = static_cast<dive::cpu::Activation>(5); });
-  for (const auto& [rows, threads] : {std::pair{0, 1}, {65, 1}, {1, 0}, {1, -1}, {1, 1 << 20}}) {
-    refused(rows == 1 ? "threads" : "max_rows", [&, rows = rows, threads = threads] {
-      dive::cpu::make_stepper(model.plan, rows, threads, levels()[0]);
-    });
+void a_devices_own_loop_gives_the_same_results() {
+  for (int seed = 0; seed < kModels; ++seed) {
+    const Model model(seed);
+    std::vector<Request> requests = requests_for(model, 6);
+    // In some models every row can loop, in others some cannot.
+    if (seed % 3) {
+      for (Request& request : requests) request.stop = nullptr, request.search = {};
+    }
+    const std::vector<Result> expected = decode(model, requests, {3, 1, levels().back()});
+    for (const int steps : {1, 3, 100}) {
+      Session session = looping_session(model, 3, steps);
+      for (const Request& request : requests) submit(session, model, request);
+      std::vector<std::vector<std::int64_t>> told(expected.size());
+      Session::Callbacks callbacks;
+      callbacks.token = [&](std::int64_t result, std::int64_t token) { told[result].push_back(token); };
+      session.run(callbacks, 0);
+      const std::string where = "model " + std::to_string(seed) + ", loops of " + std::to_string(steps);
+      const std::vector<Result> found = taken(session, requests);
+      expect(same(expected, found), where + ": other results");
+      for (std::size_t i = 0, result = 0; i < requests.size(); result += requests[i++].streams.size()) {
+        if (requests[i].search.beams > 1) continue;
+        expect(told[result] == found[result].tokens, where + ": other tokens were told");
+      }
+    }
   }
 }
 
-void bad_requests_are_refused() {
-  const Model model(6);
-  Session session = session_of(model, {2, 1, levels().back()});
-  const auto bad = [&](const std::string& part, const std::function<void(Request&)>& change) {
-    Request request;
-    request.prompt = {1};
-    request.streams = {0};
-    change(request);
-    refused(part, [&] { session.submit(request, {}); });
+void a_callback_that_throws_ends_a_devices_loop() {
+  const Model model(1);
+  std::vector<Request> requests = requests_for(model, 7);
+  for (Request& request : requests) request.stop = nullptr, request.search = {};
+  const std::vector<Result> expected = decode(model, requests, {4, 2, levels().back()});
+  Session session = looping_session(model, 4, 50);
+  for (const Request& request : requests) submit(session, model, request);
+  int calls = 0, thrown = 0;
+  Session::Callbacks callbacks;
+  callbacks.token = [&](std::int64_t, std::int64_t) {
+    if (++calls % 3 == 0) throw std::runtime_error("enough");
   };
-  bad("prompt", [](Request& r) { r.prompt.clear(); });
-  bad("prompt", [&](Request& r) { r.prompt = {model.plan.vocabulary}; });
-  bad("eos", [](Request& r) { r.eos = {-1}; });
-  bad("adapter", [](Request& r) { r.adapters = {99}; });
-  bad("max_new_tokens", [](Request& r) { r.max_new_tokens = 0; });
-  bad("max_new_tokens", [](Request& r) { r.max_new_tokens = std::int64_t{1} << 40; });
-  bad("min_new_tokens", [](Request& r) { r.min_new_tokens = 2; });
-  bad("forced tokens", [](Request& r) { r.forced = {1, 1}; });
-  bad("prefilled", [](Request& r) { r.prefilled = -1; });
-  bad("prefilled layers", [](Request& r) { r.prefilled = 3; });
-  bad("rope_offset", [](Request& r) { r.rope_offset = std::int64_t{1} << 62; });
-  bad("temperature", [](Request& r) { r.sampling.temperature = std::nanf(""); });
-  bad("top_k", [](Request& r) { r.sampling.top_k = -1; });
-  bad("top_p", [](Request& r) { r.sampling.top_p = 0; });
-  bad("min_p", [](Request& r) { r.sampling.min_p = 1.5f; });
-  bad("beams", [](Request& r) { r.search.beams = 0; });
-  bad("beams", [](Request& r) { r.search.beams = 3; });
-  bad("results", [](Request& r) { r.streams.clear(); });
-  bad("length_penalty", [](Request& r) { r.search.length_penalty = INFINITY; });
-  bad("stop", [](Request& r) { r.stop = std::make_shared<StopStrings>(); });
-  bad("stop", [](Request& r) {
-    r.stop = std::make_shared<StopStrings>(StopStrings{std::make_shared<TokenTexts>(), {""}});
-  });
-  bad("repetition_penalty", [](Request& r) { r.sampling.repetition_penalty = 0; });
-  Request request;
-  request.prompt = {1};
-  request.streams = {0};
-  request.prefilled = 2;
-  refused("keys has no data", [&] {
-    session.submit(request, std::vector<PrefilledLayer>(model.plan.layers.size(), {nullptr, nullptr, 0, 64, 0, 64}));
-  });
-  session.run({}, 0);
-  expect(session.steps() == 0, "a refused request ran");
+  for (bool done = false; !done;) {
+    try {
+      session.run(callbacks, 0);
+      done = true;
+    } catch (const std::runtime_error&) {
+      ++thrown;
+    }
+  }
+  expect(thrown > 3, "the callback's exception did not arrive");
+  expect(same(expected, taken(session, requests)), "interrupted loops give other tokens");
 }
 
 }  // namespace
 
 int main() {
-  const std::pair<const char*, void (*)()> tests[] = {
+  for (const Isa isa : levels()) std::printf("level %s\n", dive::cpu::isa_name(isa));
+  run_tests({
       {"tokens do not depend on the team or the batch", tokens_do_not_depend_on_the_team_or_the_batch},
       {"logits are bit-equal for all teams", logits_are_bit_equal_for_all_teams},
       {"a callback that throws ends the run and nothing else", a_callback_that_throws_ends_the_run_and_nothing_else},
@@ -407,15 +238,7 @@ int main() {
       {"another thread cancels", another_thread_cancels},
       {"sessions of two threads take turns", sessions_of_two_threads_take_turns},
       {"exceptions of workers arrive", exceptions_of_workers_arrive},
-      {"bad plans are refused", bad_plans_are_refused},
-      {"bad requests are refused", bad_requests_are_refused},
-  };
-  for (const Isa isa : levels()) std::printf("level %s\n", dive::cpu::isa_name(isa));
-  for (const auto& [name, test] : tests) {
-    const auto start = std::chrono::steady_clock::now();
-    test();
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    std::printf("%5.1f s  %s\n", seconds.count(), name);
-    std::fflush(stdout);
-  }
+      {"a device's own loop gives the same results", a_devices_own_loop_gives_the_same_results},
+      {"a callback that throws ends a device's loop", a_callback_that_throws_ends_a_devices_loop},
+  });
 }

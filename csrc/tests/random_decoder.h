@@ -103,10 +103,11 @@ class Memory {
 };
 
 struct Model {
+  Shape shape;
   Memory memory;
   Plan plan;
 
-  explicit Model(std::uint64_t seed, Shape shape = {}) : memory(shape) {
+  explicit Model(std::uint64_t seed, Shape given = {}) : shape(given), memory(given) {
     Random random{std::mt19937_64(seed)};
     const auto size = [&](std::int64_t most) { return shape.unit * (1 + random.below((most + shape.unit - 1) / shape.unit)); };
     plan.kv_heads = 1 + random.below(3);
