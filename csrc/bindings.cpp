@@ -20,6 +20,7 @@
 #include "cpu/steer.h"
 #include "cpu/step.h"
 #include "cuda/device.h"
+#include "cuda/step.h"
 #include "engine/check.h"
 #include "engine/draws.h"
 #include "engine/plan.h"
@@ -307,11 +308,15 @@ void bind_engine(py::module_ m) {
            }),
            "texts"_a, "strings"_a);
   py::class_<BoundSession>(m, "Session", "The decoding loop; see csrc/engine/session.h.")
-      .def(py::init([](std::shared_ptr<Plan> plan, int max_rows, int threads, const std::string& isa) {
-             auto stepper = dive::cpu::make_stepper(*plan, max_rows, threads, dive::cpu::isa_from_name(isa));
+      .def(py::init([](std::shared_ptr<Plan> plan, int max_rows, int threads, const std::string& isa,
+                       std::optional<int> device) {
+             const py::gil_scoped_release release;
+             auto stepper = device ? dive::cuda::make_stepper(*plan, max_rows, *device)
+                                   : dive::cpu::make_stepper(*plan, max_rows, threads, dive::cpu::isa_from_name(isa));
              return new BoundSession{plan, Session(*plan, std::move(stepper), max_rows)};
            }),
-           py::kw_only(), "plan"_a, "max_rows"_a, "threads"_a, "isa"_a, py::keep_alive<1, 2>())
+           py::kw_only(), "plan"_a, "max_rows"_a, "threads"_a, "isa"_a, "device"_a, py::keep_alive<1, 2>(),
+           "On that CUDA device, which all of the plan's pointers belong to, or on the CPU where it is None.")
       .def(
           "submit",
           [](BoundSession& self, std::vector<std::int64_t> prompt, std::int64_t prefilled, std::int64_t rope_offset,
@@ -402,6 +407,8 @@ void bind_engine(py::module_ m) {
       },
       py::kw_only(), "logits"_a, "vocabulary"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "seed"_a,
       "stream"_a, "draws"_a, "Tokens that steps 0 ... draws - 1 of a stream would draw from the same logits [V].");
+  m.def("refusal_of_cuda", [](const Plan& plan) { return dive::cuda::refusal(plan); }, "plan"_a,
+        "Why no CUDA device can run the plan, empty where one could.");
   m.def("uniform", &uniform, "seed"_a, "stream"_a, "step"_a, "The number in [0, 1) that a step of a stream draws.");
 }
 

@@ -117,22 +117,35 @@ struct Steering {
   bool normalize_input, preserve_norm;
 };
 
-// residual[b] = steer(residual[b] + post(update[b])), normed[b] = norm of that: two kernels, the first product and the
-// rest. Row b is steered by steerings[adapters[b]], not at all where that is -1.
+// residual[b] = steer(residual[b] + post(update[b])), normed[b] = norm of that, in the dtype. Row b is steered by
+// steerings[adapters[b]], not at all where that is -1. A null update adds nothing; without a norm nothing is written to
+// normed.
 struct Steer {
-  float* residual;
-  const float* update;  // or null
+  float* residual;      // [B][D]
+  const float* update;  // [B][D] or null
   NormWeight post, norm;
-  void* normed;
+  void* normed;  // [B][D]
   int hidden_size, most_rank;
-  const Steering* steerings;
+  bool half;  // the matrices of all adapters have half precision
+  const Steering* steerings;      // null: no row is steered
   std::int64_t steerings_stride;  // from one adapter's to the next's
   const std::int32_t* adapters;   // [B]
+  // For steer() alone.
   float* hidden;                  // [B][D]: h, between the kernels
   float* activated;               // [B][most_rank]
   float* gates;                   // [B]: alpha, times the gate where there is one
   unsigned* tickets;              // [B], 0 before and after
 };
+
+// In one kernel of clusters of `blocks` blocks. With a tile of kTileOfArrivals rows, all rows of a tile that are steered
+// have the same adapter; with a tile of 1 each has its own. Results are the same, to the bit.
+cudaError_t arrive(cudaStream_t stream, DType dtype, const Steer& arguments, int batch, int blocks, int tile);
+inline constexpr int kTileOfArrivals = 8;
+
+// The number of blocks for that, 0 where the device has no clusters.
+cudaError_t blocks_of_arrivals(DType dtype, int hidden_size, int most_rank, int device, int* blocks);
+
+// In two kernels, the first product and the rest, for devices without clusters; steerings are not null.
 cudaError_t steer(cudaStream_t stream, DType dtype, const Steer& arguments, int batch);
 
 // Caps the logits [B][V] and finds the first index of each row's largest; a NaN counts as the largest. Piece by piece,

@@ -7,20 +7,36 @@
 
 namespace dive::cuda {
 
+// How a kernel is started, in clusters of `blocks` neighbours along x.
+struct ClusterLaunch {
+  ClusterLaunch(cudaStream_t stream, dim3 grid, int blocks, int threads, std::size_t shared_bytes) {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = static_cast<unsigned>(blocks);
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = blocks > 1 ? 2 : 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config{};
+};
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(const ClusterLaunch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  return cudaLaunchKernelEx(&how.config, kernel, static_cast<Parameters>(arguments)...);
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, std::size_t shared_bytes,
                    void (*kernel)(Parameters...), const Arguments&... arguments) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  return launch(ClusterLaunch(stream, grid, 1, threads, shared_bytes), kernel, arguments...);
 }
 
 }  // namespace dive::cuda

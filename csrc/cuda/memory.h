@@ -30,7 +30,7 @@ inline void* allocate(std::size_t bytes, const char* what) {
     static_cast<void>(cudaMemGetInfo(&free, &total));
     const auto mebibytes = [](std::size_t n) { return std::to_string((n + (1 << 20) - 1) >> 20) + " MiB"; };
     throw std::runtime_error("CUDA: out of memory: " + mebibytes(bytes) + " for " + what + ", and " + mebibytes(free) +
-                             " of " + mebibytes(total) + " are free; fewer rows at a time (max_rows) need less");
+                             " of " + mebibytes(total) + " are free; fewer rows at a time (batch_size) need less");
   }
   check(error, what);
   return data;

@@ -88,6 +88,17 @@ __device__ __forceinline__ uint4 load_cached(const void* p) {
   return x;
 }
 
+// Copies 16 aligned bytes that no kernel of this graph writes to shared memory, while the thread goes on; it finds them
+// there behind wait_for_copies(), other threads behind a barrier after that.
+__device__ __forceinline__ void copy_ahead(void* shared, const void* p) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(__cvta_generic_to_global(p))
+               : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Starts fetching the cache line of p into L2; p is any address of global memory and is not dereferenced.
 __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
@@ -105,6 +116,52 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Clusters of blocks, which architectures from 9.0 on have; the code for earlier ones must not be run. Blocks of a
+// cluster run at the same time and reach each other's shared memory.
+__device__ __forceinline__ unsigned cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  __trap();
+#endif
+}
+
+__device__ __forceinline__ unsigned cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  unsigned size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+#else
+  __trap();
+#endif
+}
+
+// All threads of the cluster wait for each other, and see what was written before, in shared memory too. No block may
+// end before the last of its peers has read from it.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+// What block `rank` has where `own` lies in this block's shared memory.
+__device__ __forceinline__ float load_of_block(const float* own, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(own));
+  unsigned there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  float x;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
+  return x;
+#else
+  __trap();
 #endif
 }
 

@@ -1,6 +1,7 @@
 #include "cuda/step.h"
 
 #include <algorithm>
+#include <compare>
 #include <cstring>
 #include <iterator>
 #include <map>
@@ -45,11 +46,19 @@ int batch_for(std::size_t rows) {
   return *std::lower_bound(std::begin(kBatches), std::end(kBatches), static_cast<int>(rows));
 }
 
+// What a recorded step depends on.
+struct Form {
+  int batch, turns;  // rows, and adapters in turn
+  int tile;          // rows that have an adapter together, see arrive()
+
+  auto operator<=>(const Form&) const = default;
+};
+
 class CudaStepper final : public engine::Stepper {
  public:
-  CudaStepper(const Plan& plan, int max_rows, int device, LoopForm form)
+  CudaStepper(const Plan& plan, int max_rows, int device, StepForm form)
       : plan_(plan), max_rows_(batch_for(max_rows)), device_(device), dtype_(plan.cache_dtype), memory_(device, stream_),
-        loop_(max_rows_, plan.vocabulary), repeats_(form == LoopForm::kBest && Graph::can_repeat()) {
+        loop_(max_rows_, plan.vocabulary), repeats_(form == StepForm::kBest && Graph::can_repeat()) {
     const std::size_t rows = static_cast<std::size_t>((max_rows_ + kRowTile - 1) / kRowTile * kRowTile);
     const std::size_t D = plan.hidden_size, queries = std::size_t(plan.heads) * plan.head_size;
     const std::size_t keys = std::size_t(plan.kv_heads) * plan.head_size, half = plan.head_size / 2;
@@ -82,6 +91,9 @@ class CudaStepper final : public engine::Stepper {
     if (max_rows_ > 1) idle_block_ = DeviceArray<std::byte>(2 * plan.layers.size() * slab, "keys and values");
     upload_ropes();
     upload_adapters();
+    if (form == StepForm::kBest) {
+      check(blocks_of_arrivals(dtype_, hidden_size(), most_rank_, device, &cluster_), "asking for clusters of blocks");
+    }
     make_tables(16);
   }
 
@@ -91,9 +103,9 @@ class CudaStepper final : public engine::Stepper {
             const std::function<void(std::size_t, float*, std::int64_t)>& with_logits) override {
     check_count(rows.size());
     const CurrentDevice current(device_);
-    const int batch = batch_for(rows.size()), turns = stage(rows, 1);
-    auto& graph = steps_[{batch, turns}];
-    if (!graph) graph = std::make_unique<Graph>(stream_, [&] { enqueue(batch, turns); });
+    const Form form = stage(rows, 1);
+    auto& graph = steps_[form];
+    if (!graph) graph = std::make_unique<Graph>(stream_, [&] { enqueue(form); });
     graph->launch(stream_);
     const std::size_t count = rows.size() * plan_.vocabulary;
     if (host_logits_.size() < count) host_logits_ = PinnedArray<float>(count);
@@ -114,11 +126,11 @@ class CudaStepper final : public engine::Stepper {
     const CurrentDevice current(device_);
     std::vector<StepRow> first;
     for (const engine::LoopRow& row : rows) first.push_back(row.row);
-    const int batch = batch_for(rows.size()), turns = stage(first, steps);
+    const Form form = stage(first, steps);
     if (loop_.make_room(rows)) loops_.clear();
-    loop_.start(stream_, rows, batch, steps);
-    auto& graph = loops_[{batch, turns}];
-    if (!graph) graph = recorded_loop(batch, turns);
+    loop_.start(stream_, rows, form.batch, steps);
+    auto& graph = loops_[form];
+    if (!graph) graph = recorded_loop(form);
     loop_.run(stream_, *graph, repeats_, static_cast<int>(rows.size()), taken, wants_stop);
   }
 
@@ -128,12 +140,12 @@ class CudaStepper final : public engine::Stepper {
   }
 
   // A step with what follows it, in a node that repeats it where the driver has such a thing.
-  std::unique_ptr<Graph> recorded_loop(int batch, int turns) {
+  std::unique_ptr<Graph> recorded_loop(const Form& form) {
     Advance arguments = loop_.arguments(rows_.data(), logits_.data(), likeliest_.data(),
                                         tickets_.data() + std::size_t(max_rows_) * (plan_.heads + 2));
     const auto record = [&] {
-      enqueue(batch, turns);
-      check(advance(stream_, arguments, batch), "choosing tokens");
+      enqueue(form);
+      check(advance(stream_, arguments, form.batch), "choosing tokens");
     };
 #if CUDART_VERSION >= 12040
     if (repeats_) {
@@ -186,6 +198,7 @@ class CudaStepper final : public engine::Stepper {
           steerings.push_back(site ? steering_of(*site) : absent());
           if (!site) continue;
           acts_[l * kPlaces + place] = true;
+          half_ = half_ && site->matrices.dtype != DType::kFloat32;
           most_rank_ = std::max(most_rank_, static_cast<int>(site->rank));
         }
       }
@@ -240,9 +253,8 @@ class CudaStepper final : public engine::Stepper {
     loops_.clear();
   }
 
-  // Puts what so many steps are to run where the device finds it, idle rows behind it; returns the number of adapters in
-  // turn.
-  int stage(const std::vector<StepRow>& rows, int steps) {
+  // Puts what so many steps are to run where the device finds it, idle rows behind it.
+  Form stage(const std::vector<StepRow>& rows, int steps) {
     const auto blocks_of = [&](const StepRow& row) {
       return static_cast<std::size_t>((row.position + steps - 1) / cpu::kCacheBlock + 1);
     };
@@ -274,25 +286,41 @@ class CudaStepper final : public engine::Stepper {
     copy(rows_.data(), staged_rows_.data(), batch * sizeof(Row));
     if (turns) copy(adapters_.data(), staged_adapters_.data(), turns * max_rows_ * sizeof(std::int32_t));
     copy(blocks_.data(), staged_blocks_.data(), batch * width * sizeof(std::byte*));
-    return static_cast<int>(turns);
+    return {static_cast<int>(batch), static_cast<int>(turns), tile_of(batch, turns)};
   }
 
-  void enqueue(int batch, int turns) {
+  // The most rows that share their adapters wherever they have some.
+  int tile_of(std::size_t batch, std::size_t turns) const {
+    if (batch == 1) return 1;
+    for (std::size_t turn = 0; turn < turns; ++turn) {
+      std::int32_t adapter = -1;
+      for (std::size_t b = 0; b < batch; ++b) {
+        const std::int32_t own = staged_adapters_[turn * max_rows_ + b];
+        if (b % kTileOfArrivals == 0) adapter = -1;
+        if (own >= 0 && adapter >= 0 && own != adapter) return 1;
+        if (own >= 0) adapter = own;
+      }
+    }
+    return kTileOfArrivals;
+  }
+
+  void enqueue(const Form& form) {
+    const int batch = form.batch;
     const Begin start{rows_.data(), plan_.embedding.data, plan_.embedding.row_stride, plan_.embedding_scale, hidden_size(),
                       residual_.data(), frequencies_.data(), scaling_.data(), static_cast<int>(plan_.ropes.size()),
                       plan_.head_size / 2, cosine_.data(), sine_.data(), max_rows_};
     check(begin(stream_, dtype_, start, batch), "embedding tokens");
-    normalize({}, nullptr, plan_.layers[0].input, batch);
+    add(arrival({}, nullptr, plan_.layers[0].input), form);
     for (std::size_t l = 0; l < plan_.layers.size(); ++l) {
       const Layer& layer = plan_.layers[l];
       attend(layer, l, batch);
-      arrive(l, kAttention, layer.post_attention, layer.mlp, batch, turns);
+      arrive(l, kAttention, layer.post_attention, layer.mlp, form);
       check(project_gated(stream_, dtype_, plan_.activation, matrix_of(layer.gate_proj), matrix_of(layer.up_proj),
                           normed_.data(), batch, inner_.data()),
             "the MLP's first product");
       multiply({&layer.down_proj}, inner_.data(), batch, {update_.data()}, "the MLP's second product");
       const bool last = l + 1 == plan_.layers.size();
-      arrive(l, kBlock, layer.post_mlp, last ? plan_.final_norm : plan_.layers[l + 1].input, batch, turns);
+      arrive(l, kBlock, layer.post_mlp, last ? plan_.final_norm : plan_.layers[l + 1].input, form);
     }
     multiply({&plan_.head}, normed_.data(), batch, {logits_.data()}, "the head");
     const Finish end{logits_.data(), plan_.vocabulary, plan_.logit_softcap, bests_.data(),
@@ -325,23 +353,35 @@ class CudaStepper final : public engine::Stepper {
   }
 
   // The update reaches the residual stream, is steered there, and the next norm follows.
-  void arrive(std::size_t l, Place place, const Norm& post, const Norm& next, int batch, int turns) {
-    if (turns == 0 || !acts_[l * kPlaces + place]) return normalize(post, update_.data(), next, batch);
-    for (int turn = 0; turn < turns; ++turn) {
-      const bool first = turn == 0, last = turn + 1 == turns;
-      const Steer arguments{residual_.data(), first ? update_.data() : nullptr, norm_of(post),
-                            last ? norm_of(next) : NormWeight{}, normed_.data(), hidden_size(), most_rank_,
-                            steerings_.data() + l * kPlaces + place,
-                            static_cast<std::int64_t>(plan_.layers.size() * kPlaces),
-                            adapters_.data() + turn * max_rows_, hidden_.data(), activated_.data(), gates_.data(),
-                            tickets_.data() + std::size_t(max_rows_) * plan_.heads};
-      check(steer(stream_, dtype_, arguments, batch), "steering");
+  void arrive(std::size_t l, Place place, const Norm& post, const Norm& next, const Form& form) {
+    if (form.turns == 0 || !acts_[l * kPlaces + place]) return add(arrival(post, update_.data(), next), form);
+    for (int turn = 0; turn < form.turns; ++turn) {
+      const bool first = turn == 0, last = turn + 1 == form.turns;
+      Steer arguments = arrival(post, first ? update_.data() : nullptr, last ? next : Norm{});
+      arguments.steerings = steerings_.data() + l * kPlaces + place;
+      arguments.adapters = adapters_.data() + turn * max_rows_;
+      if (cluster_) {
+        add(arguments, form);
+      } else {
+        check(steer(stream_, dtype_, arguments, form.batch), "steering");
+      }
     }
   }
 
-  void normalize(const Norm& post, const float* update, const Norm& next, int batch) {
-    const AddNorm arguments{residual_.data(), update, norm_of(post), norm_of(next), normed_.data(), hidden_size()};
-    check(add_norm(stream_, dtype_, arguments, batch), "a norm");
+  void add(const Steer& a, const Form& form) {
+    if (cluster_) {
+      check(cuda::arrive(stream_, dtype_, a, form.batch, cluster_, form.tile), "the residual stream");
+    } else {
+      check(add_norm(stream_, dtype_, {a.residual, a.update, a.post, a.norm, a.normed, a.hidden_size}, form.batch), "a norm");
+    }
+  }
+
+  Steer arrival(const Norm& post, const float* update, const Norm& next) const {
+    return {.residual = residual_.data(), .update = update, .post = norm_of(post), .norm = norm_of(next),
+            .normed = normed_.data(), .hidden_size = hidden_size(), .most_rank = most_rank_, .half = half_,
+            .steerings = nullptr, .steerings_stride = static_cast<std::int64_t>(plan_.layers.size() * kPlaces),
+            .adapters = nullptr, .hidden = hidden_.data(), .activated = activated_.data(), .gates = gates_.data(),
+            .tickets = tickets_.data() + std::size_t(max_rows_) * plan_.heads};
   }
 
   const Plan& plan_;
@@ -366,11 +406,13 @@ class CudaStepper final : public engine::Stepper {
   DeviceArray<std::byte* const*> tables_;  // [B], into blocks_
   std::vector<bool> acts_;  // [layers][places]: some adapter does
   int most_rank_ = 0;
+  bool half_ = true;  // of all adapters' matrices
+  int cluster_ = 0;   // blocks of a cluster, 0 where there are none
   DeviceArray<Steering> steerings_;
   DeviceArray<float> hidden_, activated_, gates_;
   DeviceArray<std::int32_t> adapters_;  // [turns][B]
   PinnedArray<std::int32_t> staged_adapters_;
-  std::map<std::pair<int, int>, std::unique_ptr<Graph>> steps_, loops_;  // by rows and turns
+  std::map<Form, std::unique_ptr<Graph>> steps_, loops_;
 };
 
 bool multiple_of_eight(std::int64_t x) { return x % 8 == 0; }
@@ -414,7 +456,7 @@ std::string refusal(const Plan& plan) {
   return {};
 }
 
-std::unique_ptr<engine::Stepper> make_stepper(const Plan& plan, int max_rows, int device, LoopForm form) {
+std::unique_ptr<engine::Stepper> make_stepper(const Plan& plan, int max_rows, int device, StepForm form) {
   if (max_rows < 1 || max_rows > kMostRows) throw std::invalid_argument("max_rows: expected 1 to 64");
   if (const std::string reason = refusal(plan); !reason.empty()) throw std::invalid_argument("plan: " + reason);
   const CurrentDevice current(device);

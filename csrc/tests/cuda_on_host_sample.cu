@@ -1,5 +1,6 @@
 #include "tests/cuda_on_host_sample.h"
 
+#include "cuda/launch.h"
 #include "cuda/ptx.h"
 
 namespace sample {
@@ -11,16 +12,9 @@ constexpr unsigned kAll = 0xffffffff;
 template <class... Parameters, class... Arguments>
 cudaError_t launch(dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream, void (*kernel)(Parameters...),
                    Arguments... arguments) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
+  const ClusterLaunch how(stream, grid, 1, static_cast<int>(block.x), static_cast<std::size_t>(shared_bytes));
+  cudaLaunchConfig_t config = how.config;
   config.blockDim = block;
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
@@ -150,6 +144,16 @@ __global__ void append_kernel(int* tokens, int* length, int wanted, cudaGraphCon
   set_graph_condition(handle, *length < wanted);
 }
 
+__global__ void cluster_kernel(float* out, bool waits_for_readers) {
+  float* const own = dynamic_shared_memory<float>();
+  own[threadIdx.x] = 100.0f * blockIdx.x + threadIdx.x;
+  cluster_sync();
+  float sum = 0;
+  for (unsigned rank = 0; rank < cluster_size(); ++rank) sum += load_of_block(own + (threadIdx.x + 1) % blockDim.x, rank);
+  out[blockIdx.x * blockDim.x + threadIdx.x] = sum + 10000.0f * cluster_rank();
+  if (waits_for_readers) cluster_sync();
+}
+
 __global__ void nothing_kernel() {}
 
 }  // namespace
@@ -195,6 +199,12 @@ cudaError_t read_shared(std::uint32_t* out, int threads, int bytes, cudaStream_t
 
 cudaError_t append(int* tokens, int* length, int wanted, cudaGraphConditionalHandle handle, cudaStream_t stream) {
   return launch(1, 1, 0, stream, append_kernel, tokens, length, wanted, handle);
+}
+
+cudaError_t sum_of_cluster(float* out, int blocks, int cluster, int threads, bool waits_for_readers,
+                           cudaStream_t stream) {
+  const ClusterLaunch how(stream, dim3(blocks), cluster, threads, threads * sizeof(float));
+  return dive::cuda::launch(how, cluster_kernel, out, waits_for_readers);
 }
 
 cudaError_t nothing(dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream) {

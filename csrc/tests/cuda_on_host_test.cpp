@@ -122,6 +122,34 @@ void a_dependence_on_the_order_of_blocks_is_seen() {
   expect(wrong > kSeeds / 2, "blocks in any order");
 }
 
+void blocks_of_a_cluster_read_from_each_other() {
+  constexpr int kBlocks = 6, kCluster = 3, kClusterThreads = 40;
+  const Device<float> out(kBlocks * kClusterThreads);
+  for (int seed = 0; seed < kSeeds; ++seed) {
+    dive_host_cuda_seed(seed);
+    check(sample::sum_of_cluster(out.get(), kBlocks, kCluster, kClusterThreads, true, nullptr));
+    const std::vector<float> found = out.values();
+    for (int i = 0; i < kBlocks * kClusterThreads; ++i) {
+      const int block = i / kClusterThreads, first = block / kCluster * kCluster, t = i % kClusterThreads;
+      const int sum = 100 * (3 * first + 3) + kCluster * ((t + 1) % kClusterThreads) + 10000 * (block % kCluster);
+      expect(found[i] == static_cast<float>(sum), "the sum over a cluster");
+    }
+  }
+  std::string words;
+  for (int seed = 0; seed < kSeeds; ++seed) {
+    words += last_words([&] {
+      dive_host_cuda_seed(seed);
+      static_cast<void>(sample::sum_of_cluster(out.get(), kBlocks, kCluster, kClusterThreads, false, nullptr));
+    });
+  }
+  expect_words(words, "the block has ended");
+  const auto fails = [&](int blocks, int cluster) {
+    check(sample::sum_of_cluster(out.get(), blocks, cluster, 8, true, nullptr), cudaErrorInvalidClusterSize);
+  };
+  fails(6, 4);
+  fails(9, 9);
+}
+
 void warp_operations_are_those_of_the_device() {
   const Device<int> out(32 * sample::kOperations);
   check(sample::warp_operations(out.get(), nullptr));
@@ -257,6 +285,7 @@ int main() {
       {"a missing barrier is seen", a_missing_barrier_is_seen},
       {"a shuffle orders no memory", a_shuffle_orders_no_memory},
       {"a dependence on the order of blocks is seen", a_dependence_on_the_order_of_blocks_is_seen},
+      {"blocks of a cluster read from each other", blocks_of_a_cluster_read_from_each_other},
       {"warp operations are those of the device", warp_operations_are_those_of_the_device},
       {"mma is a matrix product", mma_is_a_matrix_product},
       {"numbers are rounded as on the device", numbers_are_rounded_as_on_the_device},

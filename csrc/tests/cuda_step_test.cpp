@@ -22,7 +22,7 @@
 namespace {
 
 using namespace random_decoder;
-using dive::cuda::LoopForm;
+using dive::cuda::StepForm;
 
 constexpr int kSteps = 4;
 
@@ -93,10 +93,13 @@ void logits_are_the_cpu_steps() {
     Prompts prompts(model, 5, seed);
     const std::vector<float> expected =
         prompts.decode(model, dive::cpu::make_stepper(model.plan, 5, 1, dive::cpu::best_isa()), 5);
-    dive_host_cuda_seed(seed);
-    const std::vector<float> found = prompts.decode(model, dive::cuda::make_stepper(model.plan, 5, 0), 5);
-    const double error = difference(found, expected);
-    expect(error <= allowed[seed % 3], "seed " + std::to_string(seed) + ": logits differ by " + std::to_string(error));
+    for (const StepForm form : {StepForm::kBest, StepForm::kPlain}) {
+      dive_host_cuda_seed(seed);
+      const std::vector<float> found = prompts.decode(model, dive::cuda::make_stepper(model.plan, 5, 0, form), 5);
+      const double error = difference(found, expected);
+      expect(error <= allowed[seed % 3], "seed " + std::to_string(seed) + (form == StepForm::kBest ? "" : ", plain") +
+                                             ": logits differ by " + std::to_string(error));
+    }
   }
 }
 
@@ -149,16 +152,16 @@ void the_devices_loop_gives_what_the_hosts_sampler_gives() {
       request.min_new_tokens = std::min(request.min_new_tokens, request.max_new_tokens);
       if (seed) request.stop = nullptr, request.search = {};
     }
-    const auto stepper = [&](LoopForm form) { return dive::cuda::make_stepper(model.plan, 3, 0, form); };
-    dive_host_cuda_seed(seed);
-    const std::vector<Result> expected = results_of(
-        model, requests, std::make_unique<LoopingStepper>(model.plan, stepper(LoopForm::kBest), 5), 3);
+    const auto stepper = [&](StepForm form) { return dive::cuda::make_stepper(model.plan, 3, 0, form); };
     Session::Callbacks throwing;
     throwing.token = [&](std::int64_t, std::int64_t) {
       if (++calls % 5 == 0) throw std::length_error("enough");
     };
-    for (const LoopForm form : {LoopForm::kBest, LoopForm::kStepByStep}) {
-      const std::string where = "seed " + std::to_string(seed) + (form == LoopForm::kBest ? "" : ", step by step");
+    for (const StepForm form : {StepForm::kBest, StepForm::kPlain}) {
+      const std::string where = "seed " + std::to_string(seed) + (form == StepForm::kBest ? "" : ", plain");
+      dive_host_cuda_seed(seed);
+      const std::vector<Result> expected =
+          results_of(model, requests, std::make_unique<LoopingStepper>(model.plan, stepper(form), 5), 3);
       dive_host_cuda_seed(seed + 50);
       const Session::Callbacks callbacks = seed % 2 ? throwing : Session::Callbacks{};
       expect(alike(expected, results_of(model, requests, stepper(form), 3, callbacks)), where + ": other results");
@@ -169,7 +172,7 @@ void the_devices_loop_gives_what_the_hosts_sampler_gives() {
 
 void a_loop_ends_where_it_is_asked_to() {
   const Model model = model_of(1);
-  Session session(model.plan, dive::cuda::make_stepper(model.plan, 2, 0, LoopForm::kStepByStep), 2);
+  Session session(model.plan, dive::cuda::make_stepper(model.plan, 2, 0, StepForm::kPlain), 2);
   Request request;
   request.prompt = {0};
   request.streams = {0};

@@ -21,7 +21,7 @@ from dive_fast.decode.plan import Unsupported
 from dive_fast.decode.prefix_cache import PrefixCache
 from dive_fast.errors import InputError
 from dive_fast.models.hidden import unwrapped
-from dive_fast.models.spec import text_config_of
+from dive_fast.models.spec import decoder_of, text_config_of
 
 ENGINES = ("native", "transformers")
 
@@ -85,8 +85,9 @@ def generate(
         processor: needed for records and prompts, for `stop`, and for `texts`; a model of `dive_fast.load(name, ...)`
             has its own.
         max_new_tokens, min_new_tokens: bounds on the new tokens, EOS included.
-        engine: "native" (the compiled engine: CPU, the decoder families it knows), "transformers" (anything), or None:
-            the first where it applies, else the second.
+        engine: "native" (the compiled engine: the decoder families it knows, on a CPU or a CUDA device),
+            "transformers" (anything), or None: the first where it applies, else the second. On a GPU None takes
+            transformers: no GPU has run the engine yet, so there it has to be asked for.
         adapter_names: one adapter name per row, "__base__" for none (PEFT's convention).
         temperature: 0 is greedy; otherwise the softmax temperature of sampling.
         top_k, top_p, min_p: keep the k most likely tokens (0: all); the fewest that reach probability top_p; those with
@@ -198,6 +199,9 @@ def _native_decoder(engine: str | None, call: _Call, inputs) -> tuple[NativeDeco
         if weights is not None:
             raise InputError(f"weights: {weights!r} needs the native engine, and engine is 'transformers'")
         return None, {"engine": "transformers"}
+    device = next(decoder_of(unwrapped(call.model)).parameters()).device
+    if engine is None and device.type == "cuda":
+        return None, {"engine": "transformers", "not_native": f"on a GPU ({device}) it runs where engine='native' asks"}
     try:
         decoder = NativeDecoder(call.model, call.adapter_names, weights)
         if isinstance(inputs, Mapping):

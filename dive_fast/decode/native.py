@@ -3,6 +3,7 @@
 The prompt is run without its last token, which is the engine's first step (`prefill`).
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -104,6 +105,8 @@ class NativeDecoder:
             raise Unsupported(str(error)) from error
         self.plan: Plan = build_plan(model, steps, int8=weights == "int8")
         self.compiled = self.extension.engine.Plan(self.plan.values, self.plan.kept)
+        if self.plan.device.type == "cuda":
+            _check_cuda(self.extension, self.plan.device, self.compiled)
         text = unwrapped(model).config
         self.image_tokens = {
             value
@@ -160,7 +163,7 @@ class NativeDecoder:
             cancelled: asked now and then; once it is true the run ends, and rows not yet begun have no outcome.
             prefixes: where prompts that begin alike are looked up and stored.
             seeds: row number -> its own seed, in place of the sampling's: sample j draws from stream j of it.
-            threads: the most to use; None takes as many as torch does.
+            threads: the most to use on a CPU; None takes as many as torch does.
         """
         self.prefill.reused = 0
         session = self.session(max(max_rows, search.beams), threads, isa)
@@ -197,8 +200,8 @@ class NativeDecoder:
             self.submit(session, batch, names, [request | own for own in draws], prefixes)
             if cancelled is not None and cancelled():
                 session.cancel()
-            session.run(**calls, until_free=search.beams)
-        session.run(**calls, until_free=0)
+            _with_memory(session.run, **calls, until_free=search.beams)
+        _with_memory(session.run, **calls, until_free=0)
         self.stats = {"steps": session.steps, "rows_per_step": session.rows_run / max(session.steps, 1)}
         if prefixes is not None:
             self.stats["prompt_tokens_reused"] = self.prefill.reused
@@ -224,12 +227,15 @@ class NativeDecoder:
             raise Unsupported(f"num_beams: a vocabulary of {vocabulary} tokens is too small for {beams} beams")
 
     def session(self, max_rows: int, threads: int | None = None, isa: str | None = None):
-        """An empty session of the engine."""
-        return self.extension.engine.Session(
+        """An empty session of the engine; on a GPU it has no use for threads and instruction sets."""
+        on_gpu = self.plan.device.type == "cuda"
+        return _with_memory(
+            self.extension.engine.Session,
             plan=self.compiled,
             max_rows=min(max_rows, MAX_ROWS),
             threads=threads or torch.get_num_threads(),
             isa=isa or self.extension.cpu.kernel_levels()[-1],
+            device=(self.plan.device.index or 0) if on_gpu else None,
         )
 
     @torch.no_grad()
@@ -240,17 +246,20 @@ class NativeDecoder:
         self.check(batch)
         if not self.plan.in_place():
             raise InputError("model: the memory of a parameter was moved or freed while this decoder was in use")
-        ids = batch["input_ids"]
+        ids = batch["input_ids"].cpu()
         mask = batch.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask
-        prefilled = self.prefill.run({**batch, "attention_mask": mask}, names, prefixes)
+        mask = torch.ones_like(ids) if mask is None else mask.cpu()
+        inputs = {**batch, "attention_mask": mask}
+        inputs = {name: value.to(self.plan.device) for name, value in inputs.items()}
+        prefilled = self.prefill.run(inputs, names, prefixes)
         vocabulary = self.plan.values["vocabulary"]
         for row, (request, before) in enumerate(zip(requests, prefilled, strict=True)):
             prompt = ids[row, ids.shape[1] - int(mask[row].sum()) :].tolist()
             # Placeholder ids beyond the head's rows stand for images; no logit belongs to them.
             seen = [token for token in prompt[:-1] if token < vocabulary] + prompt[-1:]
             layers = [] if before is None else self._layers(before, len(prompt) - 1)
-            session.submit(
+            _with_memory(
+                session.submit,
                 prompt=seen,
                 prefilled=len(prompt) - 1,
                 rope_offset=0 if before is None else before.rope_delta,
@@ -275,10 +284,58 @@ class NativeDecoder:
         return [tuple(self._ready(states, expected) for states in pair) for pair in prompt.layers]
 
     def _ready(self, states: torch.Tensor, expected: tuple) -> torch.Tensor:
-        if tuple(states.shape) != expected or states.device.type != "cpu":
+        if tuple(states.shape) != expected or states.device != self.plan.device:
             raise InputError(
-                f"model: its cache holds states of {tuple(states.shape)} on {states.device}, expected {expected} on cpu"
+                f"model: its cache holds states of {tuple(states.shape)} on {states.device}, expected {expected} on "
+                f"{self.plan.device}"
             )
         states = states.to(self.plan.cache_dtype)
         side_by_side = states.stride(2) == 1 and states.stride(1) >= states.shape[2]
-        return states if side_by_side else states.contiguous()
+        # A GPU reads 16 bytes at a time.
+        places = (states.data_ptr(), *(stride * states.element_size() for stride in states.stride()[:2]))
+        aligned = states.device.type == "cpu" or all(place % 16 == 0 for place in places)
+        return states if side_by_side and aligned else states.contiguous()
+
+
+def _check_cuda(extension, device: torch.device, plan) -> None:
+    """Unsupported unless this build of the extension can run the plan on that device."""
+    if not extension.cuda.built():
+        raise Unsupported(f"the decoder lies on {device}, and the extension was built without CUDA (no nvcc was found)")
+    covered = _covered(device.index or 0)
+    if covered is not None:
+        raise Unsupported(f"the decoder lies on {device}: {covered}; `dive-fast doctor` says more")
+    refusal = extension.engine.refusal_of_cuda(plan)
+    if refusal:
+        raise Unsupported(f"on a GPU it cannot run this decoder: {refusal}")
+
+
+@functools.cache
+def _covered(index: int) -> str | None:
+    """Why the extension cannot run on that CUDA device, None where it can."""
+    found = native.load().cuda.devices()
+    if not found["status"]["ok"]:
+        return found["status"]["message"]
+    for gpu in found["devices"]:
+        if gpu["index"] == index:
+            return None if gpu["covered"]["ok"] else gpu["covered"]["message"]
+    return f"the extension sees {len(found['devices'])} CUDA devices"
+
+
+def _with_memory(call: Callable, **arguments):
+    """The call; where a GPU has too little memory, once more behind giving back what torch keeps for later.
+
+    Raises:
+        torch.OutOfMemoryError: what was needed, for what, and what would lower it.
+    """
+    try:
+        return call(**arguments)
+    except RuntimeError as error:
+        if not str(error).startswith("CUDA: out of memory"):
+            raise
+    torch.cuda.empty_cache()
+    try:
+        return call(**arguments)
+    except RuntimeError as error:
+        if not str(error).startswith("CUDA: out of memory"):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from None

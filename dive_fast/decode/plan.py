@@ -1,7 +1,8 @@
 """From a transformers model, steered or not, to the plan of a decoder that the compiled engine runs.
 
 Weights go by pointer and are not copied, unless int8 is asked for; vectors (norms, biases) that are not float32 and
-adapters of half-precision models are. What the engine cannot run exactly as transformers does is refused with a reason.
+adapters of half-precision models are. Everything lies on the decoder's device, the CPU or a GPU. What the engine cannot
+run exactly as transformers does is refused with a reason.
 
 D hidden size, V vocabulary, H heads, G key/value heads, E head size, R adapter rank.
 """
@@ -73,12 +74,14 @@ class Plan:
     Attributes:
         values: the arguments of the extension's `engine.Plan`.
         kept: every tensor that `values` points into.
+        device: where they lie.
         cache_dtype: of keys and values.
         adapter_index: adapter name -> its place in the plan.
     """
 
     values: dict
     kept: list[torch.Tensor]
+    device: torch.device
     cache_dtype: torch.dtype
     adapter_index: dict[str, int] = field(default_factory=dict)
 
@@ -108,14 +111,16 @@ def build_plan(model: nn.Module, adapters: tuple[str, ...] = (), int8: bool = Fa
     decoder = decoder_of(base)
     _expect_class(decoder, family.prefix + family.decoder)
     device = next(decoder.parameters()).device
-    if device.type != "cpu":
-        raise Unsupported(f"the decoder lies on {device}; it runs on the CPU")
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and torch.version.hip):
+        raise Unsupported(f"the decoder lies on {device}; it runs on CPUs and CUDA devices")
+    if int8 and device.type == "cuda":
+        raise Unsupported("8-bit weights are for decoders on the CPU")
     builder = _Builder(base, decoder, text, family, int8)
     values = builder.model()
     dive = dive_model_of(model)
     _refuse_hooks(base, dive)
     values["adapters"] = [builder.adapter(dive, name) for name in adapters]
-    return Plan(values, builder.kept, builder.cache_dtype, {name: i for i, name in enumerate(adapters)})
+    return Plan(values, builder.kept, device, builder.cache_dtype, {name: i for i, name in enumerate(adapters)})
 
 
 def dive_model_of(model: nn.Module) -> DiveModel | None:
@@ -145,6 +150,7 @@ class _Builder:
         self.hidden_size, self.head_size = text.hidden_size, attention.head_dim
         self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
         self.cache_dtype = attention.k_proj.weight.dtype
+        self.device = attention.k_proj.weight.device
 
     def model(self) -> dict:
         text = self.text
@@ -256,8 +262,8 @@ class _Builder:
     def weight(self, weight: torch.Tensor, bias, shape: tuple, where: str) -> tuple:
         """(address, dtype, rows, columns, row stride, bias, scales) of a matrix, in place."""
         weight = _plain(weight, where)
-        if weight.device.type != "cpu":
-            raise Unsupported(f"{where} lies on {weight.device}; it runs on the CPU")
+        if weight.device != self.device:
+            raise Unsupported(f"{where} lies on {weight.device}, other parts of the decoder on {self.device}")
         if weight.dtype not in DTYPES:
             raise Unsupported(f"{where} holds {weight.dtype}; it takes float32, bfloat16 and float16")
         if weight.dim() != 2 or tuple(weight.shape) != tuple(
@@ -281,7 +287,7 @@ class _Builder:
         values = _plain(values, where)
         if tuple(values.shape) != (size,):
             raise Unsupported(f"{where} has {tuple(values.shape)} numbers, expected {size}")
-        values = values.to("cpu", torch.float32).contiguous()
+        values = values.to(self.device, torch.float32).contiguous()
         self.kept.append(values)
         return values.data_ptr()
 
@@ -304,7 +310,7 @@ class _Builder:
         if rank:
             if tuple(up.shape) != (hidden, rank):
                 raise Unsupported(f"an adapter has a matrix of {tuple(up.shape)}, expected {(hidden, rank)}")
-            pair = [_plain(x, "an adapter").to("cpu", torch.float32) for x in (down, up)]
+            pair = [_plain(x, "an adapter").to(self.device, torch.float32) for x in (down, up)]
             pair = in_reading_order(*pair).to(self.adapter_dtype(pair))
             matrices["matrices"] = self.weight(pair, None, tuple(pair.shape), "an adapter")
             matrices["bias"] = 0 if parts["bias"] is None else self.vector(parts["bias"], rank, "an adapter's bias")

@@ -69,7 +69,8 @@ class Prefill:
         if cache is not None and batch["input_ids"].shape[1] > BLOCK:
             return self._with_cache(batch, names, cache)
         prefix = self._whole(batch, names)
-        return [self._row_of(prefix, row, int(n)) for row, n in enumerate(batch["attention_mask"].sum(dim=1) - 1)]
+        counts = (batch["attention_mask"].sum(dim=1) - 1).tolist()
+        return [self._row_of(prefix, row, count) for row, count in enumerate(counts)]
 
     def _whole(self, batch: dict, names) -> Prefix | None:
         if batch["input_ids"].shape[1] == 1:
@@ -146,7 +147,8 @@ class Prefill:
             common.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         if pixels:
             # The pixels of a row are found by the image tokens of the rows before it.
-            images = torch.isin(batch["input_ids"], torch.tensor(sorted(self.image_tokens))).sum(dim=1).tolist()
+            tokens = torch.tensor(sorted(self.image_tokens), device=batch["input_ids"].device)
+            images = torch.isin(batch["input_ids"], tokens).sum(dim=1).tolist()
         roots = []
         for row in range(len(batch["input_ids"])):
             acting = self.scopes if names is None else [names[row]]
@@ -191,17 +193,18 @@ class Prefill:
 
     def _run_group(self, rows: list[_Row], count: int) -> list[Prefilled]:
         deltas = [row.found[-1].rope_delta if count else 0 for row in rows]
-        prefix, start = None, count * BLOCK
+        prefix, start, device = None, count * BLOCK, next(self.model.parameters()).device
         if count:
             states = torch.stack([torch.cat([block.states for block in row.found], dim=3) for row in rows])
             layers = tuple((states[:, layer, 0], states[:, layer, 1]) for layer in range(states.shape[1]))
-            mask = torch.ones(len(rows), start, dtype=torch.long)
-            prefix = Prefix(layers, mask, torch.tensor(deltas)[:, None])
-        rests = [torch.tensor(row.tokens[0][start:], dtype=torch.long) for row in rows]
+            mask = torch.ones(len(rows), start, dtype=torch.long, device=device)
+            prefix = Prefix(layers, mask, torch.tensor(deltas, device=device)[:, None])
+        rests = [torch.tensor(row.tokens[0][start:], dtype=torch.long, device=device) for row in rows]
         ids = torch.nn.utils.rnn.pad_sequence(rests, batch_first=True)
         if ids.shape[1]:
-            rest = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rests])[:, None]
-            mask = torch.cat([torch.ones(len(rows), start, dtype=torch.long), rest.long()], dim=1)
+            lengths = torch.tensor([len(r) for r in rests], device=device)
+            rest = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+            mask = torch.cat([torch.ones(len(rows), start, dtype=torch.long, device=device), rest.long()], dim=1)
             names = None if rows[0].name is None else [row.name for row in rows]
             with self._steered(names, mask):
                 prefix = extend_prefix(self.model, prefix, ids, rest.long())

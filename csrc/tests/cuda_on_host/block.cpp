@@ -18,7 +18,8 @@ namespace dive_host_cuda {
 namespace {
 
 constexpr unsigned kWarp = 32;
-constexpr unsigned kThreads = 1024;  // the most that a block has
+constexpr unsigned kThreads = 4096;  // the most that the blocks of a cluster have together
+constexpr unsigned kBlocks = 16;     // the most of a cluster
 
 // What others did before they released an object happened before what follows its acquisition: for the thread
 // sanitizer, which knows of no order between fibers but this. A meeting place has two, used by turns, as who is quick
@@ -34,16 +35,32 @@ struct Order {
 };
 
 struct Warp {
-  unsigned lanes, arrived, exited, turn;
+  unsigned first_thread, lanes, arrived, exited, turn;
   Place place{""};
   Order order;
   // Volatile, or the compiler might copy them by a call of memcpy, in which the thread sanitizer would see a race.
   volatile std::uint64_t words[2][kWarp][kGatherWords];
 };
 
+// Where all threads of a block, or of a cluster, wait for each other.
+struct Barrier {
+  unsigned arrived, turn, votes[2];
+  Place place{""};
+  Order order;
+};
+
+struct Block {
+  uint3 index;
+  void* shared;
+  std::size_t shared_bytes;
+  unsigned first_thread, exited;
+  Barrier barrier;
+};
+
 struct Thread {
   Fiber fiber;
   uint3 index;
+  Block* block;
   Warp* warp;
   Place place{""};  // where it waits, if it does
   bool waits, exited;
@@ -51,17 +68,16 @@ struct Thread {
 
 Thread threads[kThreads];
 Warp warps[kThreads / kWarp];
+Block blocks[kBlocks];
 Fiber host;
 Thread* current;
 const std::function<void()>* kernel;
-void* shared;
 
-unsigned thread_count, exited;
+unsigned block_threads, thread_count, block_count, exited;  // of the cluster that runs, but for the first
 unsigned ready[kThreads], ready_count;
 
-unsigned barrier_arrived, barrier_turn, barrier_votes[2];
-Place barrier_place{""};
-Order barrier_order, block_order;
+Barrier cluster_barrier_;
+Order block_order;
 
 std::uint64_t random_state = 1;
 
@@ -90,8 +106,10 @@ void print_threads() {
       if (alike(threads[j], thread)) ++count, first = j;
     }
     if (first != i) continue;
-    std::fprintf(stderr, "cuda_on_host:   %u of %u threads, first (%u, %u, %u): ", count, thread_count, thread.index.x,
+    std::fprintf(stderr, "cuda_on_host:   %u of %u threads, first (%u, %u, %u)", count, thread_count, thread.index.x,
                  thread.index.y, thread.index.z);
+    if (block_count > 1) std::fprintf(stderr, " of block (%u, %u, %u)", thread.block->index.x, thread.block->index.y, thread.block->index.z);
+    std::fprintf(stderr, ": ");
     if (thread.waits) std::fprintf(stderr, "at "), print(thread.place);
     std::fprintf(stderr, "%s\n", thread.waits ? "" : thread.exited ? "returned" : "on their way");
   }
@@ -101,6 +119,7 @@ void resume(unsigned index, bool ends) {
   Thread* const from = current;
   current = &threads[index];
   threadIdx = current->index;
+  blockIdx = current->block->index;
   if (current != from) switch_fibers(from->fiber, current->fiber, ends);
 }
 
@@ -123,8 +142,10 @@ void run_thread() {
   block_order.release(0);
   current->exited = true;
   ++exited;
+  ++current->block->exited;
   ++current->warp->exited;
-  if (barrier_arrived) fail("its end", "a thread returned while others wait for it at a barrier of the block");
+  if (current->block->barrier.arrived) fail("its end", "a thread returned while others wait for it at a barrier of the block");
+  if (cluster_barrier_.arrived) fail("its end", "a thread returned while others wait for it at a barrier of the cluster");
   if (current->warp->arrived) fail("its end", "a thread returned while lanes of its warp wait for it");
   leave(true);
 }
@@ -137,16 +158,26 @@ void wake(unsigned first, unsigned count) {
   }
 }
 
-void run_block() {
-  exited = ready_count = barrier_arrived = 0;
+// The blocks of a cluster, together.
+void run_cluster() {
+  thread_count = block_count * block_threads;
+  exited = ready_count = cluster_barrier_.arrived = 0;
   for (unsigned i = 0; i < thread_count; ++i) {
     Thread& thread = threads[i];
-    const unsigned row = i / blockDim.x;
-    thread.index = {i % blockDim.x, row % blockDim.y, row / blockDim.y};
-    thread.warp = &warps[i / kWarp];
+    const unsigned own = i % block_threads, row = own / blockDim.x;
+    thread.block = &blocks[i / block_threads];
+    if (own == 0) {
+      thread.block->first_thread = i;
+      thread.block->exited = thread.block->barrier.arrived = 0;
+    }
+    thread.index = {own % blockDim.x, row % blockDim.y, row / blockDim.y};
+    // Warps begin anew with every block.
+    const unsigned warps_of_block = (block_threads + kWarp - 1) / kWarp;
+    thread.warp = &warps[i / block_threads * warps_of_block + own / kWarp];
     thread.exited = false;
-    if (i % kWarp == 0) {
-      thread.warp->lanes = thread_count - i < kWarp ? thread_count - i : kWarp;
+    if (own % kWarp == 0) {
+      thread.warp->first_thread = i;
+      thread.warp->lanes = block_threads - own < kWarp ? block_threads - own : kWarp;
       thread.warp->arrived = thread.warp->exited = 0;
     }
     prepare(thread.fiber, run_thread);
@@ -158,9 +189,29 @@ void run_block() {
   }
   current = &threads[index];
   threadIdx = current->index;
+  blockIdx = current->block->index;
   block_order.release(0);
   switch_fibers(host, current->fiber);
   block_order.acquire(0);
+}
+
+unsigned meet(Barrier& barrier, Place place, bool predicate, unsigned first, unsigned count, bool others_exited) {
+  const unsigned turn = barrier.turn;
+  if (barrier.arrived == 0) barrier.place = place, barrier.votes[turn % 2] = 0;
+  current->waits = true;
+  current->place = place;
+  if (others_exited) fail(place, "a barrier that some threads will not reach, having returned");
+  if (!same(place, barrier.place)) fail(place, "other threads wait at another barrier");
+  barrier.votes[turn % 2] += predicate;
+  barrier.order.release(turn);
+  if (++barrier.arrived == count) {
+    barrier.arrived = 0;
+    ++barrier.turn;
+    wake(first, count);
+  }
+  leave();
+  barrier.order.acquire(turn);
+  return barrier.votes[turn % 2];
 }
 
 }  // namespace
@@ -175,27 +226,32 @@ std::uint64_t random_below(std::uint64_t count) {
   return (z ^ z >> 31) % count;
 }
 
-void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread) {
-  const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
+void run_grid(dim3 grid, dim3 block, unsigned cluster, std::size_t shared_bytes, const std::function<void()>& thread) {
+  const std::uint64_t clusters = std::uint64_t{grid.x} * grid.y * grid.z / cluster;
   gridDim = grid;
   blockDim = block;
-  thread_count = block.x * block.y * block.z;
+  block_threads = block.x * block.y * block.z;
+  block_count = cluster;
   kernel = &thread;
-  std::uint64_t* const order = new std::uint64_t[blocks];
-  for (std::uint64_t i = 0; i < blocks; ++i) {
+  std::uint64_t* const order = new std::uint64_t[clusters];
+  for (std::uint64_t i = 0; i < clusters; ++i) {
     const std::uint64_t j = random_below(i + 1);
     order[i] = order[j];
     order[j] = i;
   }
-  for (std::uint64_t i = 0; i < blocks; ++i) {
-    const std::uint64_t row = order[i] / grid.x;
-    blockIdx = {static_cast<unsigned>(order[i] % grid.x), static_cast<unsigned>(row % grid.y),
-                static_cast<unsigned>(row / grid.y)};
-    shared = nullptr;
-    if (shared_bytes && posix_memalign(&shared, 128, shared_bytes) != 0) fail("its start", "no memory for the block");
-    if (shared) std::memset(shared, 0xff, shared_bytes);
-    run_block();
-    std::free(shared);
+  for (std::uint64_t i = 0; i < clusters; ++i) {
+    for (unsigned j = 0; j < cluster; ++j) {
+      const std::uint64_t number = order[i] * cluster + j, row = number / grid.x;
+      Block& own = blocks[j];
+      own.index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(row % grid.y),
+                   static_cast<unsigned>(row / grid.y)};
+      own.shared = nullptr;
+      own.shared_bytes = shared_bytes;
+      if (shared_bytes && posix_memalign(&own.shared, 128, shared_bytes) != 0) fail("its start", "no memory for the block");
+      if (own.shared) std::memset(own.shared, 0xff, shared_bytes);
+    }
+    run_cluster();
+    for (unsigned j = 0; j < cluster; ++j) std::free(blocks[j].shared);
   }
   delete[] order;
   kernel = nullptr;
@@ -217,22 +273,22 @@ void yield() {
 }
 
 unsigned barrier(Place place, bool predicate) {
-  const unsigned turn = barrier_turn;
-  if (barrier_arrived == 0) barrier_place = place, barrier_votes[turn % 2] = 0;
-  current->waits = true;
-  current->place = place;
-  if (exited) fail(place, "a barrier of the block that some threads will not reach, having returned");
-  if (!same(place, barrier_place)) fail(place, "threads of the block wait at another barrier");
-  barrier_votes[turn % 2] += predicate;
-  barrier_order.release(turn);
-  if (++barrier_arrived == thread_count) {
-    barrier_arrived = 0;
-    ++barrier_turn;
-    wake(0, thread_count);
-  }
-  leave();
-  barrier_order.acquire(turn);
-  return barrier_votes[turn % 2];
+  Block& block = *current->block;
+  return meet(block.barrier, place, predicate, block.first_thread, block_threads, block.exited != 0);
+}
+
+void cluster_barrier(Place place) { meet(cluster_barrier_, place, false, 0, thread_count, exited != 0); }
+
+unsigned cluster_rank() { return static_cast<unsigned>(current->block - blocks); }
+unsigned cluster_size() { return block_count; }
+
+const void* of_block(Place place, const void* own, unsigned rank) {
+  const Block& block = *current->block;
+  const std::size_t offset = static_cast<const char*>(own) - static_cast<const char*>(block.shared);
+  if (rank >= block_count) fail(place, "the cluster has no such block");
+  if (blocks[rank].exited == block_threads) fail(place, "the block has ended");
+  if (offset >= block.shared_bytes) fail(place, "an address outside of the block's dynamic shared memory");
+  return static_cast<const char*>(blocks[rank].shared) + offset;
 }
 
 void gather(Place place, unsigned mask, const std::uint64_t* words, int count, Orders orders) {
@@ -249,7 +305,7 @@ void gather(Place place, unsigned mask, const std::uint64_t* words, int count, O
   if (++warp.arrived == kWarp) {
     warp.arrived = 0;
     ++warp.turn;
-    wake(static_cast<unsigned>(&warp - warps) * kWarp, kWarp);
+    wake(warp.first_thread, kWarp);
   }
   leave();
   if (orders == Orders::kMemory) warp.order.acquire(turn);
@@ -261,8 +317,8 @@ std::uint64_t gathered(unsigned lane, int word) {
   return warp.words[(warp.turn - 1) % 2][lane][word];
 }
 
-unsigned lane() { return current_index() % kWarp; }
+unsigned lane() { return (current_index() - current->block->first_thread) % kWarp; }
 
-void* dynamic_shared_memory() { return shared; }
+void* dynamic_shared_memory() { return current->block->shared; }
 
 }  // namespace dive_host_cuda

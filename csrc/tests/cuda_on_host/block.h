@@ -9,8 +9,9 @@
 
 namespace dive_host_cuda {
 
-// Runs `thread` once for each thread of the grid. For one thread of the host at a time.
-void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread);
+// Runs `thread` once for each thread of the grid, `cluster` blocks with neighbouring numbers at a time. For one thread of
+// the host at a time.
+void run_grid(dim3 grid, dim3 block, unsigned cluster, std::size_t shared_bytes, const std::function<void()>& thread);
 
 // A number below `count` of the seeded sequence that orders everything.
 std::uint64_t random_below(std::uint64_t count);
@@ -32,6 +33,14 @@ void yield();
 
 // Waits for all threads of the block; the number of them for which `predicate` holds.
 unsigned barrier(Place place, bool predicate);
+
+// Waits for all threads of the cluster.
+void cluster_barrier(Place place);
+unsigned cluster_rank();
+unsigned cluster_size();
+
+// What lies in another block of the cluster where `own` lies in this one's dynamic shared memory.
+const void* of_block(Place place, const void* own, unsigned rank);
 
 // Waits for all lanes of the warp, each of which brings `count` words. Orders memory only where that is promised of
 // the device's counterpart, as it is of __syncwarp and not of a shuffle.

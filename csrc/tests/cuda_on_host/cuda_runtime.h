@@ -9,6 +9,7 @@
 //     order. A missing barrier or a dependence on the order of blocks gives wrong results for some seeds, and under
 //     -fsanitize=thread a report of the two accesses, whatever the seed: fibers of a block are ordered by
 //     __syncthreads, __syncwarp and atomics, by no shuffle;
+//   - clusters of blocks along x, whose threads run together, and reading from each other's dynamic shared memory;
 //   - warp operations as meetings of all 32 lanes, masks full. Barriers and warp operations that not all threads reach
 //     end the program with a message instead of hanging;
 //   - device memory as allocations of exactly the size asked for, and dynamic shared memory as one for each block,
@@ -22,7 +23,7 @@
 //   - two memories: a host pointer given to a kernel works here and nowhere else;
 //   - registers, occupancy, alignment of shared memory beyond 128 bytes, __launch_bounds__, constant memory's size,
 //     the limit on static shared memory, which also keeps its contents from block to block;
-//   - a capture that forks to a second stream by events, memory nodes, SWITCH nodes, clusters, cooperative launches,
+//   - a capture that forks to a second stream by events, memory nodes, SWITCH nodes, cooperative launches,
 //     warp operations on part of a warp, named barriers, float atomics;
 //   - contraction of a * b + c, approximate functions and subnormals as the device's compiler options treat them;
 //   - <<<>>>, which is not C++: launch by cudaLaunchKernelEx. `extern __shared__`: use dynamic_shared_memory (ptx.h).

@@ -1,6 +1,7 @@
 // Errors, the device, and launches.
 #include <algorithm>
 #include <map>
+#include <set>
 
 #include "control.h"
 #include "state.h"
@@ -49,6 +50,12 @@ std::map<const void*, int>& shared_limits() {
   return limits;
 }
 
+// Kernels that may run in clusters of more than 8 blocks.
+std::set<const void*>& large_clusters() {
+  static std::set<const void*> kernels;
+  return kernels;
+}
+
 std::size_t shared_limit(const void* kernel) {
   const auto found = shared_limits().find(kernel);
   return found == shared_limits().end() ? device.sharedMemPerBlock : static_cast<std::size_t>(found->second);
@@ -67,13 +74,22 @@ cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel) {
   if (config.dynamicSmemBytes > shared_limit(kernel)) return cudaErrorInvalidValue;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config.attrs[i];
-    const auto& cluster = attribute.val.clusterDim;
     if (attribute.id == cudaLaunchAttributeCooperative && attribute.val.cooperative) return cudaErrorNotSupported;
-    if (attribute.id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z != 1) {
-      return cudaErrorNotSupported;
-    }
+    if (attribute.id != cudaLaunchAttributeClusterDimension) continue;
+    const auto& cluster = attribute.val.clusterDim;
+    if (cluster.y != 1 || cluster.z != 1) return cudaErrorNotSupported;
+    if (cluster.x == 0 || grid[0] % cluster.x || threads * cluster.x > 4096) return cudaErrorInvalidClusterSize;
+    if (cluster.x > 1 && device.major < 9) return cudaErrorNotSupported;
+    if (cluster.x > (large_clusters().contains(kernel) ? 16u : 8u)) return cudaErrorInvalidClusterSize;
   }
   return cudaSuccess;
+}
+
+unsigned cluster_of(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) return config.attrs[i].val.clusterDim.x;
+  }
+  return 1;
 }
 
 }  // namespace
@@ -96,15 +112,19 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::fu
   if (const cudaError_t error = check(config, kernel); error != cudaSuccess) return report(error);
   return report(enqueue(config.stream, cudaGraphNodeTypeKernel,
                         [grid = config.gridDim, block = config.blockDim, bytes = config.dynamicSmemBytes,
-                         thread = std::move(thread)] {
+                         cluster = cluster_of(config), thread = std::move(thread)] {
                           ++launches;
-                          run_grid(grid, block, bytes, thread);
+                          run_grid(grid, block, cluster, bytes, thread);
                         }));
 }
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   DIVE_HOST_CUDA_CALL;
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    value ? static_cast<void>(large_clusters().insert(kernel)) : static_cast<void>(large_clusters().erase(kernel));
+    return cudaSuccess;
+  }
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return report(cudaErrorInvalidValue);
   const int most = static_cast<int>(device.sharedMemPerBlockOptin);
   if (value < 0 || value > most) return report(cudaErrorInvalidValue);
@@ -116,6 +136,7 @@ cudaError_t get_attributes(cudaFuncAttributes* attributes, const void* kernel) {
   DIVE_HOST_CUDA_CALL;
   *attributes = {};
   attributes->maxThreadsPerBlock = 1024;
+  attributes->ptxVersion = attributes->binaryVersion = 10 * device.major + device.minor;
   attributes->maxDynamicSharedSizeBytes = static_cast<int>(shared_limit(kernel));
   return cudaSuccess;
 }
@@ -130,6 +151,14 @@ cudaError_t occupancy(int* blocks, const void* kernel, int block_size, std::size
   const int warps = (block_size + 31) / 32;
   *blocks = std::min({by_shared, device.maxThreadsPerMultiProcessor / (32 * warps), device.maxBlocksPerMultiProcessor});
   return cudaSuccess;
+}
+
+// One wherever a launch would be accepted.
+cudaError_t occupancy_of_clusters(int* clusters, const void* kernel, const cudaLaunchConfig_t& config) {
+  DIVE_HOST_CUDA_CALL;
+  const cudaError_t error = check(config, kernel);
+  *clusters = error == cudaSuccess;
+  return report(error);
 }
 
 }  // namespace dive_host_cuda
@@ -188,6 +217,7 @@ constexpr Text kTexts[] = {
      "operation would make the legacy stream depend on a capturing blocking stream"},
     {cudaErrorCapturedEvent, "cudaErrorCapturedEvent",
      "operation not permitted on an event last recorded in a capturing stream"},
+    {cudaErrorInvalidClusterSize, "cudaErrorInvalidClusterSize", "misconfigured cluster size"},
     {cudaErrorUnknown, "cudaErrorUnknown", "unknown error"},
 };
 

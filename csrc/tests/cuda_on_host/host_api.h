@@ -30,6 +30,7 @@ enum cudaError {
   cudaErrorStreamCaptureInvalidated = 901,
   cudaErrorStreamCaptureImplicit = 906,
   cudaErrorCapturedEvent = 907,
+  cudaErrorInvalidClusterSize = 912,
   cudaErrorUnknown = 999,
 };
 using cudaError_t = cudaError;
@@ -69,6 +70,7 @@ enum cudaStreamCaptureStatus {
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 14,
 };
 enum cudaDeviceAttr {
   cudaDevAttrMaxThreadsPerBlock = 1,
@@ -257,6 +259,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::fu
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t get_attributes(cudaFuncAttributes* attributes, const void* kernel);
 cudaError_t occupancy(int* blocks, const void* kernel, int block_size, std::size_t shared_bytes);
+cudaError_t occupancy_of_clusters(int* clusters, const void* kernel, const cudaLaunchConfig_t& config);
 }  // namespace dive_host_cuda
 
 template <class... Parameters, class... Arguments>
@@ -285,4 +288,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel* kernel
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* kernel, int size, std::size_t shared) {
   return dive_host_cuda::occupancy(blocks, reinterpret_cast<const void*>(kernel), size, shared);
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel* kernel, const cudaLaunchConfig_t* config) {
+  return dive_host_cuda::occupancy_of_clusters(clusters, reinterpret_cast<const void*>(kernel), *config);
 }

@@ -59,9 +59,18 @@ inline void mma_f16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint3
 
 inline uint4 load_streaming(const void* p) { return *static_cast<const uint4*>(p); }
 inline uint4 load_cached(const void* p) { return *static_cast<const uint4*>(p); }
+inline void copy_ahead(void* shared, const void* p) { *static_cast<uint4*>(shared) = *static_cast<const uint4*>(p); }
+inline void wait_for_copies() {}
 inline void prefetch_l2(const void*) {}
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
+
+inline unsigned cluster_rank() { return dive_host_cuda::cluster_rank(); }
+inline unsigned cluster_size() { return dive_host_cuda::cluster_size(); }
+inline void cluster_sync(DIVE_HOST_CUDA_HERE) { dive_host_cuda::cluster_barrier({"cluster_sync", where}); }
+inline float load_of_block(const float* own, unsigned rank, DIVE_HOST_CUDA_HERE) {
+  return *static_cast<const float*>(dive_host_cuda::of_block({"load_of_block", where}, own, rank));
+}
 
 template <class T>
 T* dynamic_shared_memory() {
