@@ -382,6 +382,7 @@ void bind_engine(py::module_ m) {
                                const BoundSession::Turn turn(self);
                                return self.session.rows_run();
                              })
+      .def_property_readonly("loop_form", [](BoundSession& self) { return self.session.loop_form(); })
       // Also for the callbacks of run(), which come on its own thread.
       .def_property_readonly("cache_blocks", [](BoundSession& self) {
         const BlockPool& pool = self.session.pool();

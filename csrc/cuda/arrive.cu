@@ -364,17 +364,17 @@ std::size_t shared_bytes(int rows, int hidden_size, int blocks, int most_rank, b
   return Layout(rows, width_of(hidden_size, blocks), most_rank, half).size * sizeof(float);
 }
 
-// Whether the device runs the kernels in clusters of so many blocks.
-cudaError_t runs_clusters(DType dtype, int hidden_size, int most_rank, int blocks, bool* runs) {
+// Whether the device runs the kernels in clusters of so many blocks. What is allowed of a kernel holds for the process, and
+// so for decoders of all sizes: all that the device has.
+cudaError_t runs_clusters(DType dtype, int hidden_size, int most_rank, int blocks, int most_shared, bool* runs) {
   *runs = true;
   for (const int rows : {1, kTileOfArrivals}) {
     for (const bool half : {false, true}) {
       const cudaError_t error = with_kernel(dtype, rows, half, [&](auto kernel) {
         const std::size_t bytes = shared_bytes(rows, hidden_size, blocks, most_rank, half);
-        const int large = blocks > 8;
-        cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, large);
+        cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
         if (set == cudaSuccess) {
-          set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+          set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
         }
         if (set != cudaSuccess) return set;
         int clusters = 0;
@@ -407,7 +407,7 @@ cudaError_t blocks_of_arrivals(DType dtype, int hidden_size, int most_rank, int 
     const bool narrow = size > 1 && width_of(hidden_size, size) < kLeastSlice;
     if (narrow || shared_bytes(kTileOfArrivals, hidden_size, size, most_rank, true) > static_cast<std::size_t>(most_shared)) continue;
     bool runs = false;
-    error = runs_clusters(dtype, hidden_size, most_rank, size, &runs);
+    error = runs_clusters(dtype, hidden_size, most_rank, size, most_shared, &runs);
     static_cast<void>(cudaGetLastError());
     if (error == cudaSuccess && runs) {
       *blocks = size;

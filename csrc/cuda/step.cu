@@ -119,6 +119,7 @@ class CudaStepper final : public engine::Stepper {
   }
 
   int most_loop_steps() const override { return Loop::kMostSteps; }
+  const char* loop_form() const override { return repeats_ ? "on the device" : "on the device, step by step"; }
 
   void loop(const std::vector<engine::LoopRow>& rows, int steps, const std::function<void(const engine::Choice*)>& taken,
             const std::function<bool()>& wants_stop) override {
@@ -149,11 +150,17 @@ class CudaStepper final : public engine::Stepper {
     };
 #if CUDART_VERSION >= 12040
     if (repeats_) {
-      return Graph::repeating(stream_, [&](cudaGraphConditionalHandle condition) {
-        arguments.condition = condition;
-        arguments.has_condition = true;
-        record();
-      });
+      try {
+        return Graph::repeating(stream_, [&](cudaGraphConditionalHandle condition) {
+          arguments.condition = condition;
+          arguments.has_condition = true;
+          record();
+        });
+      } catch (const std::runtime_error&) {
+        // A driver that has such nodes and does not take these kernels in them; loop_form() says so.
+        repeats_ = false;
+        arguments.has_condition = false;
+      }
     }
 #endif
     return std::make_unique<Graph>(stream_, record);
@@ -390,7 +397,7 @@ class CudaStepper final : public engine::Stepper {
   OwnStream stream_;
   DeviceMemory memory_;
   Loop loop_;
-  const bool repeats_;
+  bool repeats_;
   DeviceArray<Row> rows_;
   PinnedArray<Row> staged_rows_;
   DeviceArray<float> residual_, update_, q_, k_, v_, pieces_, logits_, cosine_, sine_, frequencies_, scaling_;

@@ -48,6 +48,7 @@ class Session {
   // Rows run in all steps together.
   std::int64_t rows_run() const { return rows_run_; }
   const BlockPool& pool() const { return pool_; }
+  const char* loop_form() const { return stepper_->loop_form(); }
 
  private:
   class Poll;

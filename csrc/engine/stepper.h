@@ -49,6 +49,9 @@ class Stepper {
   // The steps that loop() can take at a time; 0: it has no such loop.
   virtual int most_loop_steps() const { return 0; }
 
+  // Where the loop runs, in words.
+  virtual const char* loop_form() const { return "on the host"; }
+
   // Takes as many steps, fewer where a row ends before: that step is the last. taken(choices [rows]) is called once for
   // every step, in order, at the latest when the loop has ended; wants_stop() now and then, and where it is true the
   // loop ends within a step. Both on this thread; neither may throw.

@@ -37,7 +37,8 @@ class GenerateOutput:
         finish_reasons: "eos", "stop" (a stop string), "length" where `max_new_tokens` ended the row, or "cancelled".
         stats: engine ("native" or "transformers"), rows, prompt_tokens, new_tokens, seconds, tokens_per_second (new
             tokens over wall time, prefill included); not_native: why engine=None did not take the native one; of the
-            native one also steps, rows_per_step and, with a prefix_cache, prompt_tokens_reused.
+            native one also steps, rows_per_step and, with a prefix_cache, prompt_tokens_reused; on a GPU loop: "on the
+            device", or "..., step by step" where its driver cannot repeat steps by itself.
         log_probs: float32, one per token of `sequences`, if asked for.
     """
 

@@ -203,6 +203,8 @@ class NativeDecoder:
             _with_memory(session.run, **calls, until_free=search.beams)
         _with_memory(session.run, **calls, until_free=0)
         self.stats = {"steps": session.steps, "rows_per_step": session.rows_run / max(session.steps, 1)}
+        if self.plan.device.type == "cuda":
+            self.stats["loop"] = session.loop_form
         if prefixes is not None:
             self.stats["prompt_tokens_reused"] = self.prefill.reused
         return {number: Row(*session.take(index)) for index, number in enumerate(numbers)}
