@@ -27,14 +27,18 @@ BLOCKS = {
     "probe_fill_kernel": (256, 4),
     "project_float_kernel": (256, 4),
     "project_gated_float_kernel": (256, 4),
-    # With 64 rows their sums alone are 32 and 64 registers; so many rows are seldom.
-    "project_gated_kernel": (256, 1),
-    "project_kernel": (256, 1),
+    "project_gated_kernel": (256, 2),
+    "project_kernel": (256, 2),
     "steer_down_kernel": (256, 4),
     "steer_up_kernel": (256, 4),
 }
 # Bytes, with the reason why it is not worth mending.
-SPILLS = {"arrive_kernel": 16}  # one register of one form out of twelve
+SPILLS = {
+    "arrive_kernel": 16,  # one register of one form out of twelve, for 90a
+    "attention_kernel": 16,  # a few of the form for eight heads, for 100a
+}
+# With 64 rows the sums of a product alone are 32 or 64 registers; so many rows are seldom.
+FORMS_OF_ONE_BLOCK = re.compile(r"project_(gated_)?kernel.*Li8E")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,7 @@ def test_every_kernel_is_there_for_every_architecture_of_the_build(kernels):
 def test_blocks_fit_on_a_multiprocessor(kernels):
     for kernel in kernels:
         threads, blocks = BLOCKS[kernel["name"]]
+        blocks = 1 if FORMS_OF_ONE_BLOCK.search(kernel["form"]) else blocks
         # Registers are given to warps in portions of 8 for each of 32 lanes.
         own = -(-kernel["registers"] // 8) * 8 * threads
         assert own * blocks <= REGISTERS, kernel

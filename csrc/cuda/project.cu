@@ -18,9 +18,9 @@ namespace {
 constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int kTileRows = 16;
 constexpr int kSlab = 32;  // columns that a warp takes at a time: 4 lanes of 8
-// Slabs whose weights are on their way at a time: 2 rows * 16 bytes * 256 threads * 4 are 32 KiB per block, and with two
-// blocks 64 KiB per SM; 3 TB/s * 0.8 us of latency want 18 KiB of each of 132. Unmeasured.
-constexpr int kAhead = 4;
+// Slabs whose weights are on their way at a time, of all matrices together: 2 rows * 16 bytes * 256 threads * 4 are 32 KiB
+// per block, and with two blocks 64 KiB per SM; 3 TB/s * 0.8 us of latency want 18 KiB of each of 132. Unmeasured.
+constexpr int kSlabsAhead = 4;
 
 struct Segment {
   const void* data;
@@ -72,6 +72,7 @@ template <DType kDType, int kMatrices, int kTiles>
 __device__ __forceinline__ void multiply_slabs(const std::uint16_t* const (&low)[kMatrices],
                                                const std::uint16_t* const (&high)[kMatrices], int columns,
                                                const std::uint16_t* x, float (&sums)[kMatrices][kTiles][4]) {
+  constexpr int kAhead = kSlabsAhead / kMatrices;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int slabs = (columns + kSlab - 1) / kSlab;
   bool waited = false;
