@@ -25,7 +25,7 @@ namespace dive::cuda {
 
 using cpu::DType;
 
-// Rows of activations that products read: B rounded up to this. What the rows behind B hold does not matter.
+// Rows of activations that a product multiplies at a time.
 inline constexpr int kRowTile = 8;
 inline constexpr int kMostRows = 64;
 

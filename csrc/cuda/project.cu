@@ -71,7 +71,8 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint4& low, const 
 template <DType kDType, int kMatrices, int kTiles>
 __device__ __forceinline__ void multiply_slabs(const std::uint16_t* const (&low)[kMatrices],
                                                const std::uint16_t* const (&high)[kMatrices], int columns,
-                                               const std::uint16_t* x, float (&sums)[kMatrices][kTiles][4]) {
+                                               const std::uint16_t* x, int batch,
+                                               float (&sums)[kMatrices][kTiles][4]) {
   constexpr int kAhead = kSlabsAhead / kMatrices;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int slabs = (columns + kSlab - 1) / kSlab;
@@ -94,8 +95,10 @@ __device__ __forceinline__ void multiply_slabs(const std::uint16_t* const (&low)
       const int k = (first + i * kWarps) * kSlab + lane % 4 * 8;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const std::int64_t row = tile * kRowTile + lane / 4;
-        const uint4 numbers = k < columns ? load_cached(x + row * columns + k) : uint4{};
+        const int row = tile * kRowTile + lane / 4;
+        // Of a tile's rows those that are not there are not read: all blocks together read x as often as there are blocks.
+        const bool there = k < columns && row < batch;
+        const uint4 numbers = there ? load_cached(x + static_cast<std::int64_t>(row) * columns + k) : uint4{};
 #pragma unroll
         for (int m = 0; m < kMatrices; ++m) {
           multiply<kDType>(sums[m][tile], weights[i][m][0], weights[i][m][1], numbers);
@@ -146,7 +149,8 @@ __global__ void __launch_bounds__(kThreads, kTiles > 4 ? 1 : 2) project_kernel(c
   const std::uint16_t* const low[1] = {row(first + g)};
   const std::uint16_t* const high[1] = {row(first + g + 8)};
   float sums[1][kTiles][4] = {};
-  multiply_slabs<kDType, 1, kTiles>(low, high, product.columns, static_cast<const std::uint16_t*>(product.x), sums);
+  multiply_slabs<kDType, 1, kTiles>(low, high, product.columns, static_cast<const std::uint16_t*>(product.x),
+                                    product.batch, sums);
   const Meeting<kTiles> meeting{dynamic_shared_memory<float>()};
   meeting.put(sums[0]);
   __syncthreads();
@@ -168,7 +172,8 @@ __global__ void __launch_bounds__(kThreads, kTiles > 4 ? 1 : 2) project_gated_ke
   const std::uint16_t* const low[2] = {row(product.gate, first + g), row(product.up, first + g)};
   const std::uint16_t* const high[2] = {row(product.gate, first + g + 8), row(product.up, first + g + 8)};
   float sums[2][kTiles][4] = {};
-  multiply_slabs<kDType, 2, kTiles>(low, high, product.gate.columns, static_cast<const std::uint16_t*>(product.x), sums);
+  multiply_slabs<kDType, 2, kTiles>(low, high, product.gate.columns, static_cast<const std::uint16_t*>(product.x),
+                                    product.batch, sums);
   float* const shared = dynamic_shared_memory<float>();
   const Meeting<kTiles> gates{shared}, ups{shared + kWarps * Meeting<kTiles>::kFloats};
   gates.put(sums[0]);

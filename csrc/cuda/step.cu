@@ -59,16 +59,12 @@ class CudaStepper final : public engine::Stepper {
   CudaStepper(const Plan& plan, int max_rows, int device, StepForm form)
       : plan_(plan), max_rows_(batch_for(max_rows)), device_(device), dtype_(plan.cache_dtype), memory_(device, stream_),
         loop_(max_rows_, plan.vocabulary), repeats_(form == StepForm::kBest && Graph::can_repeat()) {
-    const std::size_t rows = static_cast<std::size_t>((max_rows_ + kRowTile - 1) / kRowTile * kRowTile);
     const std::size_t D = plan.hidden_size, queries = std::size_t(plan.heads) * plan.head_size;
     const std::size_t keys = std::size_t(plan.kv_heads) * plan.head_size, half = plan.head_size / 2;
     const char* const what = "a step's activations";
     const auto floats = [&](std::size_t count) { return DeviceArray<float>(count, what); };
-    // What products read has rows up to a whole tile, which are computed with and never looked at.
     const auto activations = [&](std::size_t columns) {
-      DeviceArray<std::byte> array(rows * columns * cpu::size_of(dtype_), what);
-      check(cudaMemset(array.data(), 0, array.size()), what);
-      return array;
+      return DeviceArray<std::byte>(max_rows_ * columns * cpu::size_of(dtype_), what);
     };
     rows_ = DeviceArray<Row>(max_rows_, what);
     staged_rows_ = PinnedArray<Row>(max_rows_);
