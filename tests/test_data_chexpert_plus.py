@@ -3,10 +3,10 @@
 import gzip
 
 import pytest
-from data_fixtures import CHEXPERT_COLUMNS, CHEXPERT_ROWS, chexpert_row, table, write_chexpert_plus
 
 from dive_fast.data import load_chexpert_plus, load_data
 from dive_fast.errors import InputError
+from tests.data_fixtures import CHEXPERT_COLUMNS, CHEXPERT_ROWS, chexpert_row, table, write_chexpert_plus
 
 NAME = "df_chexpert_plus_240401.csv"
 

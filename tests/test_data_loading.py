@@ -3,13 +3,13 @@
 import pickle
 
 import pytest
-from data_fixtures import film
 from PIL import Image
 
 from dive_fast.data import LoadCounts, Record, Records, load_hub, load_image, to_records
 from dive_fast.data.loading import Loading, Views, image_fault
 from dive_fast.data.tables import cell_text, read_table
 from dive_fast.errors import InputError
+from tests.data_fixtures import film
 
 GROUPS = {"frontal": ("PA", "AP"), "lateral": ("L",)}
 

@@ -6,11 +6,11 @@ import io
 import shutil
 
 import pytest
-from data_fixtures import MIMIC_METADATA, MIMIC_SPLIT, film, mimic_text, table, write_mimic_cxr
 
 from dive_fast.data import load_data, load_mimic_cxr
 from dive_fast.data.mimic_sections import conclusion, named_sections, section_name, split_sections
 from dive_fast.errors import InputError
+from tests.data_fixtures import MIMIC_METADATA, MIMIC_SPLIT, film, mimic_text, table, write_mimic_cxr
 
 FINDINGS, IMPRESSION = "Describe the findings of the chest X-ray.", "Write the impression of the chest X-ray."
 

@@ -7,11 +7,11 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from data_fixtures import PADCHEST_COLUMNS, PADCHEST_ROWS, padchest_row, write_padchest
 
 from dive_fast.data import load_data, load_padchest
 from dive_fast.data.padchest import TABLE
 from dive_fast.errors import InputError
+from tests.data_fixtures import PADCHEST_COLUMNS, PADCHEST_ROWS, padchest_row, write_padchest
 
 REQUEST = "Describe the findings of the chest X-ray in Spanish."
 

@@ -4,7 +4,6 @@ import importlib.util
 import json
 
 import pytest
-from data_fixtures import WRITERS, write_mimic_cxr
 from transformers import PreTrainedTokenizerFast
 
 from dive_fast import cli
@@ -12,6 +11,7 @@ from dive_fast.data import Record, load_open_i
 from dive_fast.errors import InputError
 from dive_fast.inspect_data import by_split, inspect_data
 from dive_fast.supervision.tagger import Span
+from tests.data_fixtures import WRITERS, write_mimic_cxr
 
 
 def tagger(text):

@@ -198,6 +198,17 @@ def test_the_guard_sees_a_wrong_import(file, text, count):
     assert len(violations(PACKAGE / file, text)) == count
 
 
+def test_tests_import_their_helpers_from_the_package_tests():
+    """Under a bare name, or without `tests/__init__.py`, another distribution's module of that name may be found."""
+    assert (ROOT / "tests" / "__init__.py").is_file()
+    files = sorted((ROOT / "tests").glob("*.py"))
+    names = {path.stem for path in files}
+    for path in files:
+        for node, _ in statements(parse(path)):
+            bare = [target for target in absolute_targets(node, PACKAGE) if target.split(".")[0] in names]
+            assert not bare, f"{path.name}, line {node.lineno}: import {bare[0]} from tests"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_optional_packages_are_imported_where_they_are_used(path):
     # Triton's kernels are decorated at import, so their own modules are where it belongs; nothing else imports those.
