@@ -47,7 +47,8 @@ ALLOWED = {
     "inspect_data": {"data", "supervision"},
     # the rows that one process and every worker write alike
     "predictions": {"data", "decode"},
-    "shards": set(),
+    # what names an image that lies in a data set
+    "shards": {"data.images"},
     # a worker loads model and adapter as the command line does
     "distributed": {"models", "predictions", "shards", "train"},
     "train": LOWER | UPPER,
