@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from dive_fast import sharding
 from dive_fast.errors import InputError
 
 LOWEST = {
@@ -54,6 +55,12 @@ class DiveTrainingArguments(TrainingArguments):
     eval_max_new_tokens: int = field(default=256, metadata={"help": "length limit of the reports of eval_reports"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "records are not columns; keep False"})
 
+    fsdp: bool | str | None = field(
+        default=None, metadata={"help": "share the decoder's frozen layers among the processes (FSDP2)"}
+    )
+    fsdp_config: dict | str | None = field(
+        default=None, metadata={"help": "version (2), reshard_after_forward (free a layer behind its pass)"}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "every adapter parameter takes part in every step"}
     )
@@ -89,6 +96,8 @@ def training_arguments(args: Mapping | TrainingArguments | None, output_dir: Pat
             arguments = DiveTrainingArguments(**{**(args or {}), "output_dir": str(output_dir)})
         except (ValueError, TypeError, ImportError) as error:
             raise InputError(f"args: {error}") from error
+    if arguments.fsdp:
+        sharding.take_over(arguments)
     if arguments.n_gpu > 1:
         raise InputError(
             f"args: {arguments.n_gpu} GPUs are visible to one process; start one process per GPU with "
@@ -103,7 +112,7 @@ def _check_ranges(arguments: TrainingArguments) -> None:
             "selective_checkpointing: not together with gradient_checkpointing, which keeps less and costs more"
         )
     for name, least in LOWEST.items():
-        value = getattr(arguments, name)
+        value = getattr(arguments, name, None)  # transformers' own arguments lack ours
         if value is not None and not least <= value < math.inf:
             raise InputError(f"{name}: expected a number >= {least}, got {value}")
         if (least == 1 or name == "eval_reports") and value is not None and not isinstance(value, int):

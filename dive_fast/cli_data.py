@@ -110,7 +110,7 @@ def _show(found: Mapping) -> None:
 
     console = Console(highlight=False)
     for name, counts in found["loaded"].items():
-        console.print(f"{name}: {counts['summary']}", markup=False)
+        console.print(f"{name}: {counts['summary']}", markup=False, soft_wrap=True)
     console.print(_part_table(found))
     console.print(_class_table(found))
     for name, part in found["parts"].items():

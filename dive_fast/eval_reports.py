@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from accelerate.utils import gather_object
 
@@ -44,23 +45,26 @@ def write_and_score(
     encoder: ReportEncoder,
     arguments: DiveTrainingArguments,
     tagger: Tagger | None = None,
+    together: AbstractContextManager | None = None,
 ) -> dict[str, float]:
     """Greedy reports for the first `eval_reports` records, scored: rouge_l, decisive_f1 and the share that ends by EOS.
 
     `tagger` marks what is decisive, in the reports as in the references; None is the chest lexicon.
-    Under data parallelism every process writes its share, and all of them get the scores of the whole.
+    Under data parallelism every process writes its share, within `together`, and all of them get the scores of the
+    whole.
     """
     records = records[: arguments.eval_reports]
     mine = range(arguments.process_index, len(records), arguments.world_size)
     written = []
-    if mine:
-        output = generate(
+    with together or nullcontext():
+        output = mine and generate(
             model,
             [records[i] for i in mine],
             processor=encoder.processor,
             max_new_tokens=arguments.eval_max_new_tokens,
             batch_size=arguments.per_device_eval_batch_size,
         )
+    if mine:
         engine, reason = output.stats["engine"], output.stats.get("not_native")
         logger.info("eval_reports: written by the engine %s%s", engine, f" ({reason})" if reason else "")
         written = list(zip(mine, output.texts, output.finish_reasons, strict=True))

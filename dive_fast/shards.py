@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dive_fast.data.images import StoredImage
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
 
@@ -139,12 +140,16 @@ def records_fingerprint(records: Iterable[Record]) -> str:
     """A hash of everything in the records that a prediction or its row depends on."""
     digest = hashlib.sha256()
     for record in records:
-        images = [image if isinstance(image, str | os.PathLike) else _pixels(image) for image in record.images]
-        digest.update(json.dumps([record.id, record.prompt, record.report, [str(i) for i in images]]).encode())
+        images = [_image_key(image) for image in record.images]
+        digest.update(json.dumps([record.id, record.prompt, record.report, images]).encode())
     return digest.hexdigest()
 
 
-def _pixels(image) -> str:
+def _image_key(image) -> str:
+    if isinstance(image, str | os.PathLike):
+        return str(image)
+    if isinstance(image, StoredImage):
+        return image.key
     return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
 
 

@@ -23,6 +23,7 @@ from dive_fast.data.encoding import ReportEncoder
 from dive_fast.errors import InputError
 from dive_fast.models.backbone import load_backbone
 from dive_fast.models.spec import text_config_of
+from dive_fast.sharding import any_process
 from dive_fast.steering import DiveConfig
 from dive_fast.supervision import Supervision, Teacher
 from dive_fast.supervision.teacher import TeacherRunner
@@ -126,19 +127,19 @@ def train(
     new = not output_dir.exists()
     checkpoint = _prepare_output(output_dir, setup, resume)
     try:
-        trainer = DiveTrainer(
-            model,
-            arguments,
-            train_records=records,
-            eval_records=eval_records,
-            encoder=encoder,
-            supervision=supervision,
-            teacher=runner,
-            callbacks=[_StopOnInterrupt()],
-        )
-    except RuntimeError as error:  # a tracker of report_to that is not installed
-        raise InputError(f"args: {error}") from error
-    try:
+        try:
+            trainer = DiveTrainer(
+                model,
+                arguments,
+                train_records=records,
+                eval_records=eval_records,
+                encoder=encoder,
+                supervision=supervision,
+                teacher=runner,
+                callbacks=[_StopOnInterrupt()],
+            )
+        except RuntimeError as error:  # a tracker of report_to that is not installed
+            raise InputError(f"args: {error}") from error
         if arguments.should_save:
             with _writing(output_dir):
                 checkpoints.write_json(output_dir / SETUP_FILE, setup)
@@ -329,9 +330,9 @@ def _run(trainer: DiveTrainer, output_dir: Path, checkpoint: Path | None) -> Tra
         trainer.state = finished
         metrics = {}
     else:
-        with _deferred_interrupt() as interrupted:
+        with _deferred_interrupt():
             outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if interrupted.is_set():
+        if _stopping.is_set():
             raise TrainingInterrupted(checkpoints.newest_complete(output_dir))
         metrics = dict(outcome.metrics)
     if trainer.eval_dataset is not None:
@@ -347,14 +348,18 @@ def _run(trainer: DiveTrainer, output_dir: Path, checkpoint: Path | None) -> Tra
 
 
 _interrupted = threading.Event()
+"""This process has met Ctrl-C."""
+_stopping = threading.Event()
+"""The step that has just ended is the last, because a process has met Ctrl-C."""
 
 
 @contextmanager
 def _deferred_interrupt():
     """Ctrl-C asks the running step to be the last; a second one stops at once."""
     _interrupted.clear()
+    _stopping.clear()
     if threading.current_thread() is not threading.main_thread():
-        yield _interrupted
+        yield
         return
     before = signal.getsignal(signal.SIGINT)
 
@@ -365,14 +370,16 @@ def _deferred_interrupt():
 
     signal.signal(signal.SIGINT, on_interrupt)
     try:
-        yield _interrupted
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 class _StopOnInterrupt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        if _interrupted.is_set():
+        if any_process(_interrupted.is_set(), args):
+            # All stop behind the same step: one that went on would wait for the others for ever.
+            _stopping.set()
             control.should_save = True
             control.should_training_stop = True
         return control

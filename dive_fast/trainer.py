@@ -5,6 +5,7 @@ N response tokens of a batch, D hidden size, L layers.
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import Trainer
 
-from dive_fast import checkpoints, eval_reports, ops
+from dive_fast import checkpoints, eval_reports, ops, sharding
 from dive_fast.data.collator import IGNORED, ReportCollator
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.data.record import Record
@@ -50,6 +51,8 @@ class DiveTrainer(Trainer):
         compilation = {name: getattr(args, name) for name in names}
         for name in names:  # layers are compiled below, not the model as a whole
             setattr(args, name, None)
+        if args.fsdp:
+            sharding.shard_layers(model, args)
         super().__init__(
             model=model,
             args=args,
@@ -60,6 +63,11 @@ class DiveTrainer(Trainer):
         )
         for name, value in compilation.items():
             setattr(args, name, value)
+        if self.is_fsdp_enabled:
+            raise InputError(
+                "fsdp: accelerate was told to shard the model its own way, with which adapters cannot be saved; launch "
+                "without FSDP in its configuration, and give the training argument fsdp=True"
+            )
         if args.torch_compile:
             # All layers share one graph. The model around them is left alone: its passes come in two forms, with hooks
             # that are there for one pass only.
@@ -100,12 +108,13 @@ class DiveTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This process's share of the step's loss; the shares of all micro-batches and processes add up to it."""
         settings, rows, weights = self.supervision, inputs["predictors"], inputs["target_weights"]
-        taught = None if self.teacher is None else [self.teacher.targets(record) for record in inputs["records"]]
+        align = settings.align_weight > 0 and self.teacher is not None
+        with self._lockstep():
+            taught = None if self.teacher is None else [self.teacher.targets(record) for record in inputs["records"]]
+            states = batch_states(model, inputs, layers=align, store=self.prompt_store)
         if settings.needs_disagreement:
             extra = self._disagreement(taught).to(weights)
             weights = weights.flatten().index_add(0, rows, extra).view(weights.shape)
-        align = settings.align_weight > 0 and taught is not None
-        states = batch_states(model, inputs, layers=align, store=self.prompt_store)
         totals = num_items_in_batch
         if totals is None:
             totals = torch.stack([weights.double().sum(), weights.new_tensor(len(rows)).double()])
@@ -128,6 +137,9 @@ class DiveTrainer(Trainer):
         # Data parallelism averages gradients over processes; the totals above already count all of them.
         loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
+
+    def _lockstep(self):
+        return sharding.lockstep(self.model, self.args) if self.args.fsdp else nullcontext()
 
     def _distributions(self, taught: list[TeacherTargets]):
         device = self.head.weight.device
@@ -168,7 +180,8 @@ class DiveTrainer(Trainer):
         model, nll, tokens = self.model, 0.0, 0
         model.eval()
         for batch in self.get_eval_dataloader(eval_dataset):
-            sums = batch_nll(model, self._prepare_inputs(batch))
+            with self._lockstep():
+                sums = batch_nll(model, self._prepare_inputs(batch))
             sums, counts = self.accelerator.gather_for_metrics(sums)
             nll, tokens = nll + sums.double().sum().item(), tokens + counts.sum().item()
         loss = nll / max(tokens, 1)
@@ -179,7 +192,7 @@ class DiveTrainer(Trainer):
         if getattr(self.args, "eval_reports", 0):
             records = self.eval_dataset if eval_dataset is None else eval_dataset
             scores = eval_reports.write_and_score(
-                model, records, self.encoder, self.args, self.supervision.span_tagger()
+                model, records, self.encoder, self.args, self.supervision.span_tagger(), self._lockstep()
             )
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)

@@ -1,4 +1,4 @@
-"""What every test stands on: no network, fixed seeds, two threads, and GPU tests only where there is a GPU."""
+"""What every test stands on: no network, fixed seeds, two threads, tests of GPU and Java only where these are."""
 
 import os
 
@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import random  # noqa: E402
+import shutil  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -39,8 +40,11 @@ def poisoned_empty():
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    missing = {
+        "gpu": None if torch.cuda.is_available() else "no CUDA device",
+        "java": None if shutil.which("java") else "no Java runtime, which METEOR and the protocol ptb run on",
+    }
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        for marker, reason in missing.items():
+            if marker in item.keywords and reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -194,6 +194,14 @@ def test_films_are_padded_to_squares_with_the_mean_colour(tmp_path):
     assert (plain.image_processor(wide, return_tensors="pt")["pixel_values"][0][:, 0, 5] - rim).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("setting", ["pad", "square", None])
+def test_huatuo_pads_films_whatever_its_settings_say(tmp_path, setting):
+    """get_image_tensors of its cli.py: `if True or self.data_args.image_aspect_ratio == 'pad'`."""
+    write_original(tmp_path, QWEN, image_aspect_ratio=setting)
+    _, processor = load_backbone(str(tmp_path))
+    assert processor.image_processor.do_pad
+
+
 REFUSED = {
     "another weight": (
         {"change": lambda w: w.update({"model.image_newline": torch.zeros(32)})},

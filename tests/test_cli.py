@@ -11,12 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from report_example import example_result
 
 import dive_fast
 from dive_fast import cli, cli_files, config
 from dive_fast.errors import InputError
 from dive_fast.predictions import record_seed
+from tests.report_example import example_result
 
 REPORTS = ["The lungs are clear.", "Small left effusion. No pneumothorax.", "Mild cardiomegaly is seen."]
 

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from radgraph_layout import write_encoder
 from transformers import BertConfig, BertModel, BertTokenizer
 
 import dive_fast
 from dive_fast.clinical.chexbert import LABELS, TOP_5, ChexbertLabeler, ChexbertModel
 from dive_fast.errors import InputError
+from tests.radgraph_layout import write_encoder
 
 TEXTS = [
     "No pleural effusion.",

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from radgraph_layout import write_radgraph
 from transformers import PreTrainedTokenizerBase
 
 import dive_fast
@@ -17,6 +16,7 @@ from dive_fast.clinical import radgraph as module
 from dive_fast.clinical.radgraph import RadGraphAnnotator, RadGraphSettings, annotation, word_places
 from dive_fast.clinical.tokenizer_methods import METHODS, tokenizer_methods
 from dive_fast.errors import InputError
+from tests.radgraph_layout import write_radgraph
 
 TEXTS = [
     "No pleural effusion. Heart size is normal.",

@@ -3,10 +3,10 @@
 import gzip
 
 import pytest
-from data_fixtures import CHEXPERT_COLUMNS, CHEXPERT_ROWS, chexpert_row, table, write_chexpert_plus
 
 from dive_fast.data import load_chexpert_plus, load_data
 from dive_fast.errors import InputError
+from tests.data_fixtures import CHEXPERT_COLUMNS, CHEXPERT_ROWS, chexpert_row, table, write_chexpert_plus
 
 NAME = "df_chexpert_plus_240401.csv"
 
@@ -104,6 +104,26 @@ def test_what_is_wrong_in_the_table(tmp_path, root):
     told(lambda: load_chexpert_plus(root, target="conclusion"), "target: expected one of findings, impression")
     path.write_bytes(path.read_bytes()[:-60])
     told(lambda: load_chexpert_plus(root), NAME)
+
+
+def test_a_study_of_two_patients_or_splits_is_refused(root):
+    """Its films would be one record, and a leak that nobody sees."""
+
+    def with_row(path, **cells):
+        table(root / NAME, CHEXPERT_COLUMNS, [*CHEXPERT_ROWS, chexpert_row(path, **cells)])
+        return lambda: load_chexpert_plus(root, split=None)
+
+    folder, told_of = "patient00001/study1", "study patient00001/study1 is of patient "
+    told(with_row(f"train/{folder}/v.jpg", deid_patient_id="p9"), told_of + "p9 in train, and above of patient00001 in")
+    told(with_row(f"valid/{folder}/v.jpg"), told_of + "patient00001 in valid, and above of patient00001 in train")
+
+
+def test_a_study_has_its_first_rows_text_that_is_one(root):
+    rows = [{**CHEXPERT_ROWS[3], "section_findings": "nan", "section_clinical_history": ""}, *CHEXPERT_ROWS[:3]]
+    write_chexpert_plus(root, rows)
+    (record,) = records = load_chexpert_plus(root, views="all")
+    assert record.report == "1. Invented effusion." and record.meta["indication"] == "61 years old, invented dyspnea"
+    assert not records.counts.notes
 
 
 def test_a_film_with_another_text_than_its_study_is_counted(root):

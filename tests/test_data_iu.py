@@ -2,7 +2,10 @@
 
 
 import pytest
-from data_fixtures import (
+
+from dive_fast.data import load_data, load_iu_kaggle, load_iu_r2gen
+from dive_fast.errors import InputError
+from tests.data_fixtures import (
     KAGGLE_FILMS,
     KAGGLE_REPORTS,
     KAGGLE_ROWS,
@@ -12,9 +15,6 @@ from data_fixtures import (
     write_iu_kaggle,
     write_iu_r2gen,
 )
-
-from dive_fast.data import load_data, load_iu_kaggle, load_iu_r2gen
-from dive_fast.errors import InputError
 
 REQUEST = "Describe the findings of the chest X-ray."
 

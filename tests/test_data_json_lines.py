@@ -95,6 +95,8 @@ def changed(**change):
         (changed(id="a"), "record 'a': this id occurs twice"),
         (changed(image="films/3.png"), "1 images are missing .*, of 2 .*b: .*films/3.png .*skip_missing_images"),
         (changed(image=7), "row 2: an image must be a path or a PIL image, got int"),
+        (changed(image={"bytes": "text", "path": None}), "row 2: an image's bytes must be bytes, got str"),
+        (changed(image="a" * 5000), "1 images are missing .*File name too long"),
         (
             [{"prompt": "p", "raport": "r"}],
             "no column 'report'; the columns are prompt, raport. Did you mean report='raport'",
@@ -195,6 +197,7 @@ def test_to_records_reads_undecoded_images(folder):
         ([Record("a", "p", "")], "record 'a'.*report"),
         ([Record("a", " ", "r")], "record 'a'.*prompt"),
         ([Record("a", "p", "r", ("none.png",))], "image file not found: none.png"),
+        ([Record("a", "p", "r", ("a" * 5000,))], "image file not found: a"),
         ([Record("a", "p", "r"), {"prompt": "p", "report": "r"}], "expected records, got dict"),
         ([{"prompt": "p", "report": "r"}, 3], "row 1: expected an object"),
         ({"train": [], "test": []}, "a mapping of train, test; choose one part"),

@@ -3,13 +3,13 @@
 import pickle
 
 import pytest
-from data_fixtures import film
 from PIL import Image
 
 from dive_fast.data import LoadCounts, Record, Records, load_hub, load_image, to_records
 from dive_fast.data.loading import Loading, Views, image_fault
 from dive_fast.data.tables import cell_text, read_table
 from dive_fast.errors import InputError
+from tests.data_fixtures import film
 
 GROUPS = {"frontal": ("PA", "AP"), "lateral": ("L",)}
 
@@ -47,6 +47,10 @@ def test_damaged_images(tmp_path):
     assert image_fault(tmp_path / "none.jpg", "exists") == ("missing", "no such file")
     assert image_fault(tmp_path, "exists") == ("missing", "not a file")
     assert image_fault(page / "under_a_file.jpg", "exists") == ("missing", "no such file")
+    (loop := tmp_path / "loop.jpg").symlink_to(loop)
+    for path, why in ((loop, "Too many levels"), ("a" * 5000, "File name too long"), ("a\0b.jpg", "null byte")):
+        fault, said = image_fault(path, "exists")
+        assert fault == "missing" and why in said
 
 
 def test_a_wrong_folder_is_told_before_all_is_read(tmp_path):
@@ -152,6 +156,14 @@ def test_lists_of_images_in_a_dataset(tmp_path):
     records = to_records(dataset)
     levels = [[load_image(i, record_id=r.id).getpixel((0, 0))[0] for i in r.images] for r in records]
     assert levels == [[10, 20], [], [30]]
+
+
+def test_an_image_that_is_none_among_others_is_refused_before_it_is_used(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the package datasets, an optional extra, is not installed")
+    path = str(film(tmp_path / "1.png"))
+    rows = {"prompt": ["p"] * 2, "report": ["r"] * 2, "images": [[path], [path, None]]}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("images", datasets.Sequence(datasets.Image()))
+    told(lambda: to_records(dataset), "dataset, row 1: column 'images' has an empty place among its images")
 
 
 def test_what_the_hub_refuses(hub, tmp_path):

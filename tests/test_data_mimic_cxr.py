@@ -6,11 +6,11 @@ import io
 import shutil
 
 import pytest
-from data_fixtures import MIMIC_METADATA, MIMIC_SPLIT, film, mimic_text, table, write_mimic_cxr
 
 from dive_fast.data import load_data, load_mimic_cxr
 from dive_fast.data.mimic_sections import conclusion, named_sections, section_name, split_sections
 from dive_fast.errors import InputError
+from tests.data_fixtures import MIMIC_METADATA, MIMIC_SPLIT, film, mimic_text, table, write_mimic_cxr
 
 FINDINGS, IMPRESSION = "Describe the findings of the chest X-ray.", "Write the impression of the chest X-ray."
 
@@ -204,6 +204,11 @@ def test_wrong_root(tmp_path):
     told(lambda: load_mimic_cxr(tmp_path), "root: expected", looked, "The folder holds films")
 
 
+@pytest.mark.parametrize("root", [None, 3])
+def test_a_root_that_is_no_path(root):
+    told(lambda: load_mimic_cxr(root), "root: expected the folder of MIMIC-CXR-JPG", f"got {root!r}")
+
+
 @pytest.mark.parametrize("kind", ["split", "metadata"])
 def test_damaged_tables(root, kind):
     path = root / f"mimic-cxr-2.0.0-{kind}.csv.gz"
@@ -280,6 +285,16 @@ def test_missing_reports(root):
     assert [r.id for r in records] == ["s50000001"] and records.counts.dropped["without a report file"] == 1
     (root / "files" / "p10" / "p10000001" / "s50000001.txt").write_bytes(b"\xff\xfe\x00")
     told(lambda: load_mimic_cxr(root, skip_missing_reports=True), "s50000001.txt is not UTF-8")
+
+
+def test_reports_that_cannot_be_read_are_named(root):
+    report = root / "files" / "p10" / "p10000001" / "s50000002.txt"
+    report.unlink()
+    report.mkdir()
+    told(lambda: load_mimic_cxr(root), f"reports_root: {report} cannot be read (Is a directory)")
+    report.rmdir()
+    report.symlink_to(report)
+    told(lambda: load_mimic_cxr(root), f"reports_root: {report} cannot be read (Too many levels of symbolic links)")
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,11 @@ def test_cut_short_archive(archive, kept):
         load_open_i("train", archive=archive)
 
 
-@pytest.mark.parametrize("text", ["<eCitation><uId", "<eCitation/>"], ids=["broken", "without id"])
+@pytest.mark.parametrize(
+    "text",
+    ["<eCitation><uId", "<eCitation/>", "<eCitation><uId/></eCitation>", "<eCitation><parentImage/></eCitation>"],
+    ids=["broken", "without id", "an empty id", "an image without id"],
+)
 def test_broken_xml(tmp_path, text):
     with pytest.raises(InputError, match="cannot be read"):
         load_open_i(None, archive=write_archive(tmp_path / "x.tgz", {"1.xml": text}))

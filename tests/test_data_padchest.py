@@ -7,11 +7,11 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from data_fixtures import PADCHEST_COLUMNS, PADCHEST_ROWS, padchest_row, write_padchest
 
 from dive_fast.data import load_data, load_padchest
 from dive_fast.data.padchest import TABLE
 from dive_fast.errors import InputError
+from tests.data_fixtures import PADCHEST_COLUMNS, PADCHEST_ROWS, padchest_row, write_padchest
 
 REQUEST = "Describe the findings of the chest X-ray in Spanish."
 
@@ -72,6 +72,8 @@ def test_what_is_wrong(root):
     told(lambda: load_padchest(root), "line 9: the ImageID 'i1.png' occurs twice")
     write_padchest(root, [*PADCHEST_ROWS, padchest_row("i8", "s8", "p2", "PA", "r", "['nodule")])
     told(lambda: load_padchest(root), "Labels must be a list such as ['normal'], got \"['nodule\"")
+    write_padchest(root, [*PADCHEST_ROWS, padchest_row("i8", "s8", "p2", "PA", "r", "'normal'")])
+    told(lambda: load_padchest(root), "Labels must be a list such as ['normal'], got \"'normal'\"")
     write_padchest(root)
     (root / "7" / "i2.png").unlink()
     told(lambda: load_padchest(root), "1 images are missing", "i2.png (no such file)")

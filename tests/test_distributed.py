@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -260,22 +261,50 @@ def test_more_than_there_is_is_refused(trained, cluster, tmp_path):
         write_predictions(RECORDS, tmp_path / "p.jsonl", Workers(2, gpus=0.5), **trained, **SPLIT)
 
 
-@needs_ray
-def test_the_command_starts_and_ends_a_ray_of_its_own(trained, one_process, tmp_path):
+def command(trained, tmp_path, shard_size: int) -> subprocess.Popen:
+    """`dive-fast generate` with a worker, in a process of its own that starts its own Ray."""
     data = tmp_path / "data.jsonl"
     rows = [{"id": r.id, "prompt": r.prompt, "report": r.report} for r in RECORDS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["generate", "--model", "model", "--adapter", "adapter", "--data", str(data), "--dtype", "float32"]
     argv += ["--batch-size", "2", "--temperature", "1", "--seed", "5", "--max-new-tokens", "300"]
-    argv += ["--min-new-tokens", "300", "--output", str(tmp_path / "p.jsonl"), "--workers", "1", "--shard-size", "12"]
+    argv += ["--min-new-tokens", "300", "--output", str(tmp_path / "p.jsonl")]
+    argv += ["--workers", "1", "--shard-size", str(shard_size)]
     code = f"import sys; from dive_fast.cli import main; sys.exit(main({argv!r}))"
-    run = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", code],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=Path(trained["model"]).parent,
         env={**os.environ, "PYTHONPATH": str(Path(dive_fast.__file__).parents[1])},
     )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "22 predictions in" in run.stdout and "2 of 2 shards" in run.stderr
+
+
+@needs_ray
+def test_the_command_starts_and_ends_a_ray_of_its_own(trained, one_process, tmp_path):
+    run = command(trained, tmp_path, shard_size=12)
+    shown, said = run.communicate()
+    assert run.returncode == 0, said[-2000:]
+    assert "22 predictions in" in shown and "2 of 2 shards" in said
+    assert (tmp_path / "p.jsonl").read_bytes() == one_process
+
+
+@needs_ray
+def test_a_killed_command_goes_on_from_its_finished_shards(trained, one_process, tmp_path):
+    folder, shards = tmp_path / "p.jsonl.shards", []
+    run = command(trained, tmp_path, shard_size=2)
+    while len(shards) < 2 and run.poll() is None:
+        shards = list(folder.glob("shard-*.jsonl"))
+        time.sleep(0.005)
+    run.kill()
+    run.communicate()
+    assert not (tmp_path / "p.jsonl").exists()
+    kept = len(list(folder.glob("shard-*.jsonl")))
+    assert 2 <= kept < 11
+    run = command(trained, tmp_path, shard_size=2)
+    _, said = run.communicate()
+    assert run.returncode == 0, said[-2000:]
+    told = [line for line in said.splitlines() if line.endswith(" shards")]
+    assert told == [f"{done} of 11 shards" for done in range(kept + 1, 12)]
     assert (tmp_path / "p.jsonl").read_bytes() == one_process

@@ -4,7 +4,6 @@ import importlib.util
 import json
 
 import pytest
-from data_fixtures import WRITERS, write_mimic_cxr
 from transformers import PreTrainedTokenizerFast
 
 from dive_fast import cli
@@ -12,6 +11,7 @@ from dive_fast.data import Record, load_open_i
 from dive_fast.errors import InputError
 from dive_fast.inspect_data import by_split, inspect_data
 from dive_fast.supervision.tagger import Span
+from tests.data_fixtures import WRITERS, write_mimic_cxr
 
 
 def tagger(text):
@@ -145,10 +145,11 @@ def inspect(capsys, *arguments):
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_data_set_is_shown(tmp_path, capsys, name):
     root = WRITERS[name](tmp_path / "set")
-    code, out, _ = inspect(capsys, name, "--root", root)
-    assert code == 0 and f"{name}: " in out and "left out: " in out and "Lengths in words" in out
+    code, shown, _ = inspect(capsys, name, "--root", root)
+    assert code == 0 and "left out: " in shown and "Lengths in words" in shown
     code, out, _ = inspect(capsys, name, "--root", root, "--json")
     found = json.loads(out)
+    assert f"{name}: {found['loaded'][name]['summary']}\n" in shown  # on one line, however narrow the terminal
     assert found["data"] == {"name": name, "root": str(root), "split": None}
     assert found["loaded"][name]["records"] == sum(part["records"] for part in found["parts"].values())
     assert found["loaded"][name]["dropped"]

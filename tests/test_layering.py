@@ -47,7 +47,8 @@ ALLOWED = {
     "inspect_data": {"data", "supervision"},
     # the rows that one process and every worker write alike
     "predictions": {"data", "decode"},
-    "shards": set(),
+    # what names an image that lies in a data set
+    "shards": {"data.images"},
     # a worker loads model and adapter as the command line does
     "distributed": {"models", "predictions", "shards", "train"},
     "train": LOWER | UPPER,
@@ -196,6 +197,17 @@ def test_imports_run_one_way(path):
 )
 def test_the_guard_sees_a_wrong_import(file, text, count):
     assert len(violations(PACKAGE / file, text)) == count
+
+
+def test_tests_import_their_helpers_from_the_package_tests():
+    """Under a bare name, or without `tests/__init__.py`, another distribution's module of that name may be found."""
+    assert (ROOT / "tests" / "__init__.py").is_file()
+    files = sorted((ROOT / "tests").glob("*.py"))
+    names = {path.stem for path in files}
+    for path in files:
+        for node, _ in statements(parse(path)):
+            bare = [target for target in absolute_targets(node, PACKAGE) if target.split(".")[0] in names]
+            assert not bare, f"{path.name}, line {node.lineno}: import {bare[0]} from tests"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -56,7 +56,9 @@ def in_coco_shape(predictions: list[str], references: list[str], protocol: str):
     return {i: [t] for i, t in enumerate(references)}, {i: [t] for i, t in enumerate(predictions)}
 
 
-@pytest.mark.parametrize("protocol", ["raw", "lower", "ptb", "r2gen", "r2gen_mimic"])
+@pytest.mark.parametrize(
+    "protocol", ["raw", "lower", pytest.param("ptb", marks=pytest.mark.java), "r2gen", "r2gen_mimic"]
+)
 def test_values_are_those_of_pycocoevalcap(protocol):
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -160,9 +162,14 @@ def test_eos_rate_by_hand():
     [
         ("raw", " The\r\nHeart,\u2028 is \x85NORMAL. ", "The Heart, is NORMAL."),
         ("lower", " The\r\nHeart,\u2028 is NORMAL. ", "the heart, is normal."),
-        ("ptb", 'The Heart\u2028(left) is "NORMAL"; 1.5cm.', "the heart -lrb- left -rrb- is normal 1.5 cm"),
-        ("ptb", "", ""),
-        ("ptb", "...", ""),
+        *(
+            pytest.param("ptb", text, expected, marks=pytest.mark.java)
+            for text, expected in [
+                ('The Heart\u2028(left) is "NORMAL"; 1.5cm.', "the heart -lrb- left -rrb- is normal 1.5 cm"),
+                ("", ""),
+                ("...", ""),
+            ]
+        ),
         ("r2gen", "The Heart is NORMAL.", "the heart is normal ."),
         ("r2gen", "Lungs clear... No effusion, edema; (or) fracture", "lungs clear . no effusion edema or fracture ."),
         ("r2gen", "1. Lungs clear. 2. No edema. 3. T-spine: ok/stable.", "lungs clear . no edema . t-spine okstable ."),
@@ -190,6 +197,7 @@ def test_r2gen_counts_the_begin_token_into_the_references_limit(protocol, limit)
     assert settings["max_prediction_tokens"] == limit and settings["max_reference_tokens"] == limit - 1
 
 
+@pytest.mark.java
 def test_ptb_is_pycocoevalcaps_tokenizer():
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
@@ -232,6 +240,7 @@ def meteor_scores():
     return [Scores.from_json(plain) for plain in json.loads(done.stdout)]
 
 
+@pytest.mark.java
 def test_meteor_is_pycocoevalcaps_under_any_locale(meteor_scores):
     from pycocoevalcap.meteor.meteor import Meteor
 
@@ -240,11 +249,13 @@ def test_meteor_is_pycocoevalcaps_under_any_locale(meteor_scores):
     assert meteor_scores[0].per_document["meteor"] == pytest.approx(per_document, abs=1e-9)
 
 
+@pytest.mark.java
 def test_meteor_survives_awkward_characters(meteor_scores):
     # Every trap shares no word with its reference ("é" is not "ü"), and none shifts the pair after it.
     assert meteor_scores[1].per_document["meteor"] == [0] * len(METEOR_TRAPS) + [1]
 
 
+@pytest.mark.java
 def test_meteor_interval_is_centred_on_the_aggregate(meteor_scores):
     scores = meteor_scores[0]
     low, high = scores.intervals["meteor"]

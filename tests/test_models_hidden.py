@@ -3,11 +3,11 @@
 import peft
 import pytest
 import torch
-from tiny_models import FAMILIES, randomize_adapters, text_batch, tiny_model
 
 from dive_fast import DiveConfig
 from dive_fast.models.hidden import hidden_states
 from dive_fast.models.spec import decoder_of, lm_head_of, logit_softcap_of, spec_of, text_config_of
+from tests.tiny_models import FAMILIES, randomize_adapters, text_batch, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

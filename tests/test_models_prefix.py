@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_model
 
 from dive_fast.models.hidden import hidden_states
 from dive_fast.models.prefix import continue_prefix, run_prefix
+from tests.tiny_models import FAMILIES, tiny_model
 
 PROMPTS, RESPONSES = (7, 3, 9), (4, 6, 2)
 

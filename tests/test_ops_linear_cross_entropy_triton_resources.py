@@ -3,7 +3,8 @@
 from itertools import product
 
 import pytest
-from triton_resources import SHARED_MEMORY_LIMITS, Request, measure
+
+from tests.triton_resources import SHARED_MEMORY_LIMITS, Request, measure
 
 pytest.importorskip("triton", reason="kernels are compiled by triton")
 

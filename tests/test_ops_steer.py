@@ -212,6 +212,13 @@ def test_leading_shapes_strides_and_scalars_do_not_matter():
     torch.testing.assert_close(steer(residual, update, **options | scalars), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_results_are_tensors_of_their_own():
+    """Hooks on a layer's output, and what a decoder does to it in place, must mean the tensor that comes out."""
+    residual, norm = torch.randn(2, 3, 8, requires_grad=True), torch.ones(8)
+    for results in ((steer(residual, static=torch.ones(8)),), steer(residual, static=torch.ones(8), norm_weight=norm)):
+        assert all(result._base is None and result.shape == residual.shape for result in results)
+
+
 def test_a_second_backward_and_autocast_change_nothing():
     (residual, update), options = spec.make_inputs(spec.Case("again", 6, 8, 3, gate=True))
     parameters = [x.requires_grad_() for x in tree_leaves(options) if is_floating(x)]

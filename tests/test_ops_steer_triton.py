@@ -12,13 +12,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton_resources import SHARED_MEMORY_LIMITS, Request, measure
-
 from dive_fast.ops.steer import reference, spec
 from dive_fast.ops.steer.triton import steer_backward, steer_forward, steer_fwd_kernel
 from dive_fast.ops.steer.triton_backward import steer_bwd_kernel
 from dive_fast.ops.steer.triton_parameters import steer_bwd_parameters_kernel
 from dive_fast.ops.steer.triton_parts import blocks_for, parameter_blocks_for
+from tests.triton_resources import SHARED_MEMORY_LIMITS, Request, measure
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

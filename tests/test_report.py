@@ -7,13 +7,13 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from report_example import REFERENCES, example_result, history, system
 from rich.console import Console
 
 from dive_fast.errors import InputError
 from dive_fast.report import result_table, write_report
 from dive_fast.report_assets import charts
 from dive_fast.report_assets.numbers import COLUMNS, count, finding, measure, seconds
+from tests.report_example import REFERENCES, example_result, history, system
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 ATTACK = '<script>alert("x")</script>&<img src=http://a.b/c.png onerror=x>'

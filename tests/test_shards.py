@@ -10,6 +10,7 @@ from PIL import Image
 
 from dive_fast import predictions as module
 from dive_fast import shards as shards_module
+from dive_fast.data.images import StoredImage
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
 from dive_fast.predictions import predictions, record_seed
@@ -123,6 +124,14 @@ def test_the_fingerprint_sees_every_part_of_a_record():
     prints = [records_fingerprint(records) for records in ([], RECORDS[:1], RECORDS[:2], *changed)]
     assert len(set(prints)) == len(prints)
     assert records_fingerprint(changed[4]) == records_fingerprint([dataclasses.replace(RECORDS[0], images=(film,))])
+
+
+def test_the_fingerprint_of_stored_images_reads_none_of_them():
+    def fingerprint(key):
+        image = StoredImage(lambda: pytest.fail("an image was read"), key)
+        return records_fingerprint([Record("a", "p", "r", (image,))])
+
+    assert fingerprint("1a:0:0") == fingerprint("1a:0:0") != fingerprint("1a:1:0")
 
 
 def test_a_record_draws_from_its_own_seed_in_any_batch(monkeypatch):

@@ -5,15 +5,6 @@ import gc
 import peft
 import pytest
 import torch
-from tiny_models import (
-    FAMILIES,
-    IMAGE_LENGTH,
-    IMAGE_TOKEN,
-    VISION_FAMILIES,
-    image_inputs,
-    randomize_adapters,
-    tiny_model,
-)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,6 +16,15 @@ from dive_fast.data.record import Record
 from dive_fast.likelihood import batch_states
 from dive_fast.models.recomputation import checkpoint_selectively
 from dive_fast.prompt_store import PromptStore
+from tests.tiny_models import (
+    FAMILIES,
+    IMAGE_LENGTH,
+    IMAGE_TOKEN,
+    VISION_FAMILIES,
+    image_inputs,
+    randomize_adapters,
+    tiny_model,
+)
 
 RECORDS = [Record(f"r{i}", "prompt", "report") for i in range(3)]
 

@@ -5,13 +5,13 @@ import copy
 import peft
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCAB, randomize_adapters, text_batch, tiny_model
 
 from dive_fast import ops
 from dive_fast.errors import InputError
 from dive_fast.models.spec import decoder_of
 from dive_fast.steering import KINDS, DiveConfig, response_positions_from_labels
 from dive_fast.steering.heads import demonstration_share
+from tests.tiny_models import FAMILIES, VOCAB, randomize_adapters, text_batch, tiny_model
 
 SCOPES = ("response", "prompt", "all")
 KIND_SITES = [

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-from radgraph_layout import write_radgraph
 
 import dive_fast
 from dive_fast import config
@@ -16,6 +15,7 @@ from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
 from dive_fast.supervision.radgraph import RadGraphTagger, entity_class
 from dive_fast.supervision.tagger import Span
 from dive_fast.supervision.weights import checked_spans
+from tests.radgraph_layout import write_radgraph
 
 LABELS = {
     "effusion": "Observation::definitely absent",

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import TrainingArguments
 
 import dive_fast
 from dive_fast import checkpoints, ops
@@ -68,6 +69,20 @@ def test_training_writes_an_adapter_that_load_reads_back(tmp_path):
     assert torch.equal(loaded(**prompt).logits, result.model(**prompt).logits)
     pickles = [p for p in (tmp_path / "run").rglob("*") if p.suffix in (".bin", ".pt", ".pkl", ".pth")]
     assert not pickles
+
+
+def test_transformers_own_arguments_train_alike(tmp_path):
+    options = SHORT | {"learning_rate": 3e-3}
+    arguments = TrainingArguments(output_dir=str(tmp_path / "elsewhere"), report_to="none", use_cpu=True, **options)
+    plain = dive_fast.train(
+        tiny_llama(),
+        RECORDS,
+        tmp_path / "plain",
+        processor=tiny_tokenizer(),
+        steering=dive_fast.DiveConfig(r=4),
+        args=arguments,
+    )
+    assert losses(plain) == losses(run(tmp_path, args=options)) and not (tmp_path / "elsewhere").exists()
 
 
 def test_only_the_adapter_trains(tmp_path):

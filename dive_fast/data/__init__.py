@@ -108,7 +108,7 @@ def to_records(dataset) -> list[Record]:
     # Where the package has not been imported, nothing can be one of its data sets.
     datasets = sys.modules.get("datasets")
     if datasets is not None and isinstance(dataset, getattr(datasets, "Dataset", ())):
-        return rows_to_records(dataset_rows(dataset, columns), columns, source="dataset")
+        return rows_to_records(dataset_rows(dataset, columns, "dataset"), columns, source="dataset")
     rows = list(dataset)
     if rows and isinstance(rows[0], Record):
         check_records(rows, "dataset")

@@ -43,8 +43,9 @@ def load_chexpert_plus(
 ) -> Records:
     """CheXpert Plus, its rows grouped to studies: a study's films and clinical history -> one section of its report.
 
-    A record is a study, in the order of the table; its id is "patient00001/study1". Texts have their white space
-    collapsed; a section that is empty or "nan" is none. Images are paths: nothing is decoded before it is used.
+    A record is a study, in the order of the table; its id is "patient00001/study1". Texts are those of its first row
+    that has one, with their white space collapsed; a section that is empty or "nan" is none. Images are paths: nothing
+    is decoded before it is used.
 
     Args:
         root: the folder with `df_chexpert_plus_240401.csv` (or .csv.gz).
@@ -62,8 +63,8 @@ def load_chexpert_plus(
         Records with `counts`. `meta` has patient_id, split, views (tuple) and indication.
 
     Raises:
-        InputError: a file or column that is missing, a film that occurs twice, an unknown choice, images that are
-            missing and may not be skipped, no record at all.
+        InputError: a file or column that is missing, a film that occurs twice, a study of two patients or splits, an
+            unknown choice, images that are missing and may not be skipped, no record at all.
     """
     split = check_split(split, SPLITS)
     check_choice("target", target, TARGETS)
@@ -116,8 +117,15 @@ def _studies(table: Path, split: str | None, section: str, loading: Loading) -> 
                 "train/patient00001/study1/view1_frontal.jpg"
             )
         report, history = cell_text(report), cell_text(history) or cell_text(older_history)
-        study = studies.setdefault("/".join(folders), _Study(patient, part, report, history))
-        if report != study.report:
+        study_id = "/".join(folders)
+        study = studies.setdefault(study_id, _Study(patient, part, report, history))
+        if (study.patient, study.split) != (patient, part):
+            raise InputError(
+                f"{table}, line {line}: study {study_id} is of patient {patient} in {part}, and above of "
+                f"{study.patient} in {study.split}; a study has one of each"
+            )
+        study.report, study.history = study.report or report, study.history or history
+        if report not in ("", study.report):
             loading.note("rows with another text than their study's first, which counts")
         study.films.append((view if position == "Frontal" and view in ("AP", "PA") else position, path))
     return studies

@@ -45,12 +45,16 @@ def load_hub(
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     columns = {"report": report, "prompt": prompt, "images": images, "id": id}
-    records = rows_to_records(dataset_rows(dataset, columns), columns, source=str(path))
+    records = rows_to_records(dataset_rows(dataset, columns, str(path)), columns, source=str(path))
     return Records(records, LoadCounts(len(records), sum(len(record.images) for record in records)))
 
 
-def dataset_rows(dataset, columns: Mapping[str, str]) -> Iterator[tuple[int, dict]]:
-    """(index, row) of a `datasets.Dataset`, encoded images as `StoredImage`; no image is read for it."""
+def dataset_rows(dataset, columns: Mapping[str, str], source: str) -> Iterator[tuple[int, dict]]:
+    """(index, row) of a `datasets.Dataset`, encoded images as `StoredImage`; no image is read for it.
+
+    Raises:
+        InputError: a list of images with an empty place; headed by `source`.
+    """
     from datasets import Image
 
     names = dataset.column_names
@@ -62,7 +66,7 @@ def dataset_rows(dataset, columns: Mapping[str, str]) -> Iterator[tuple[int, dic
         return
     undecoded = Image(decode=False)
     stored = dataset.cast_column(column, type(feature)(undecoded) if several else undecoded).select_columns([column])
-    counts = _image_counts(stored, column)
+    counts = _image_counts(stored, column, source)
     for index, row in enumerate(dataset.remove_columns([column])):
         handles = [
             StoredImage(partial(_encoded, stored, column, index, place), f"{dataset._fingerprint}:{index}:{place}")
@@ -71,17 +75,25 @@ def dataset_rows(dataset, columns: Mapping[str, str]) -> Iterator[tuple[int, dic
         yield index, {**row, column: handles}
 
 
-def _image_counts(stored, column: str) -> Iterator[int]:
+def _image_counts(stored, column: str, source: str) -> Iterator[int]:
     """Images per row, from the lengths and gaps that Arrow keeps apart from the bytes."""
     import pyarrow
     import pyarrow.compute
 
+    before = 0
     for batch in stored.with_format("arrow").iter(batch_size=1000):
         cells = batch.column(column)
         if pyarrow.types.is_struct(cells.type):
             yield from map(int, cells.is_valid().to_pylist())
         else:
+            empty = pyarrow.compute.list_flatten(cells).is_null()
+            if pyarrow.compute.any(empty).as_py():
+                row = pyarrow.compute.list_parent_indices(cells).filter(empty)[0].as_py()
+                raise InputError(
+                    f"{source}, row {before + row}: column {column!r} has an empty place among its images; leave it out"
+                )
             yield from (length or 0 for length in pyarrow.compute.list_value_length(cells).to_pylist())
+        before += len(cells)
 
 
 def _encoded(stored, column: str, index: int, place: int):

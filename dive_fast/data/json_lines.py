@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dive_fast.data.counts import Records
 from dive_fast.data.images import StoredImage, open_bytes
-from dive_fast.data.loading import Loading
+from dive_fast.data.loading import Loading, image_fault
 from dive_fast.data.prompt import FINDINGS_REQUEST, collapse, compose_prompt
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
@@ -92,7 +92,7 @@ def check_records(records: Sequence[Record], source: str) -> None:
         raise InputError(f"{source}: expected at least one record, got none")
     for record in _checked(records, source):
         for image in record.images:
-            if isinstance(image, (str, Path)) and not Path(image).is_file():
+            if isinstance(image, (str, Path)) and image_fault(image, "exists")[0] == "missing":
                 where = f"{source}, record {record.id!r}"
                 raise InputError(f"{where}: image file not found: {image}. Mend the path, or give `root=` their folder")
 
@@ -167,6 +167,8 @@ def _image(where: str, item, root: Path | None):
     if isinstance(item, Mapping) and item.keys() == {"bytes", "path"}:
         if item["bytes"] is None:
             return _image(where, item["path"], root)
+        if not isinstance(item["bytes"], bytes):
+            raise InputError(f"{where}: an image's bytes must be bytes, got {type(item['bytes']).__name__}")
         return open_bytes(item["bytes"], record_id=where)
     if isinstance(item, StoredImage) or (hasattr(item, "convert") and hasattr(item, "size")):
         return item

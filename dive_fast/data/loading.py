@@ -179,6 +179,8 @@ def image_fault(path: str | Path, check: str) -> tuple[str | None, str]:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return "missing", "no such file"
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        return "missing", getattr(error, "strerror", None) or str(error)
     if not stat.S_ISREG(status.st_mode):
         return "missing", "not a file"
     if status.st_size == 0:
@@ -194,8 +196,11 @@ def image_fault(path: str | Path, check: str) -> tuple[str | None, str]:
 
 
 def _has_both_ends(path: str | Path, size: int) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(len(_PNG))
-        file.seek(max(0, size - len(_PNG_END)))
-        tail = file.read()
+    try:
+        with open(path, "rb") as file:
+            head = file.read(len(_PNG))
+            file.seek(max(0, size - len(_PNG_END)))
+            tail = file.read()
+    except OSError:  # decoding says why
+        return False
     return (head.startswith(_JPEG) and tail.endswith(_JPEG_END)) or (head == _PNG and tail == _PNG_END)

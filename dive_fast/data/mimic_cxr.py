@@ -79,7 +79,7 @@ def load_mimic_cxr(
     loading = Loading(
         f"mimic_cxr at {root}", limit=limit, skip_missing_images=skip_missing_images, check_images=check_images
     )
-    studies = _studies(Path(root), split, choice.wanted, loading)
+    studies = _studies(root, split, choice.wanted, loading)
     reports, missing = Path(reports_root or root), []
     for study_id, study in studies.items():
         if loading.full:
@@ -120,7 +120,7 @@ def load_mimic_cxr(
     return loading.finish()
 
 
-def _studies(root: Path, split: str | None, with_films: bool, loading: Loading) -> dict[str, _Study]:
+def _studies(root: str | Path, split: str | None, with_films: bool, loading: Loading) -> dict[str, _Study]:
     """Study id -> study with its (view, dicom id) pairs, in the order of the split file."""
     table = _table(root, "split")
     studies: dict[str, _Study] = {}
@@ -159,7 +159,7 @@ def _add_films(table: Path, study_of: dict[str, _Study | None], loading: Loading
         loading.note("films of the split that the metadata does not have", unknown)
 
 
-def _table(root: Path, kind: str) -> Path:
+def _table(root: str | Path, kind: str) -> Path:
     name = f"mimic-cxr-2.0.0-{kind}.csv"
     return find_file(root, f"{name}.gz", name, what="the folder of MIMIC-CXR-JPG")
 
@@ -169,6 +169,8 @@ def _read_report(path: Path) -> str | None:
         return path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise InputError(f"reports_root: {path} cannot be read ({error.strerror}); copy it again") from error
     except UnicodeDecodeError as error:
         raise InputError(f"reports_root: {path} is not UTF-8 text ({error}); copy it again") from error
 

@@ -130,11 +130,11 @@ def _xml_files(path: Path) -> Iterator[ElementTree.Element]:
 def _parse(root: ElementTree.Element, section: str) -> _Report:
     sections = {part.get("Label"): collapse("".join(part.itertext())) for part in root.iter("AbstractText")}
     tags = tuple(tag for tag in (collapse(major.text) for major in root.iterfind("MeSH/major")) if tag)
-    image, uid = root.find("parentImage"), root.find("uId")
+    image, uid = root.find("parentImage[@id]"), root.find("uId[@id]")
     if image is not None:
         study = image.get("id").rsplit("-", 1)[0]
     elif uid is not None:
         study = uid.get("id")
     else:
-        raise ElementTree.ParseError("a report without <uId>")
+        raise ElementTree.ParseError("a report without the id of a <parentImage> or <uId>")
     return _Report(study, tags, sections.get("INDICATION", ""), sections.get(section.upper(), ""))

@@ -138,6 +138,8 @@ def _labels(cell: str, table: Path, line: int) -> tuple[str, ...]:
         return ()
     try:
         names = ast.literal_eval(cell)
+        if not isinstance(names, list):
+            raise TypeError(f"{type(names).__name__} is no list")
         return tuple(name for name in (cell_text(name) for name in names) if name)
     except (ValueError, SyntaxError, TypeError, AttributeError) as error:
         raise InputError(f"{table}, line {line}: Labels must be a list such as ['normal'], got {cell!r}") from error

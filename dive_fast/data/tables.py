@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ def find_file(root: str | Path, *names: str, what: str, argument: str = "root") 
     """The first of `names` that is a file under `root`.
 
     Raises:
-        InputError: none is; says what was looked for and what lies there instead.
+        InputError: none is, with what was looked for and what lies there instead; `root` is no path.
     """
+    if not isinstance(root, str | os.PathLike):
+        raise InputError(f"{argument}: expected {what}, got {root!r}")
     root = Path(root)
     for name in names:
         if (root / name).is_file():

@@ -46,12 +46,14 @@ class Original:
         text: the language model's configuration class.
         user, assistant: its turns in Jinja, with what is `said`.
         cue: behind the last turn, for an answer.
+        pads: whether its code pads every image to a square; else `image_aspect_ratio` in config.json says so.
     """
 
     text: type
     user: str
     assistant: str
     cue: str = ""
+    pads: bool = False
 
     def template(self, image: str) -> str:
         """The chat template; `image` stands for an image. A BOS is the tokenizer's to write, as in LLaVA's code."""
@@ -68,6 +70,7 @@ ORIGINALS: dict[str, Original] = {
         "{{ '<|user|>\\n' + said + '\\n' }}",
         "{{ '<|assistant|>\\n' + said + ' \\n' }}",
         cue="{{ '<|assistant|>\\n' }}",
+        pads=True,
     ),
 }
 """`model_type` of a checkpoint's config.json -> what to make of it."""
@@ -256,7 +259,7 @@ def _processor(original: Original, raw: dict, config, tokenizer, tower: str, sub
         from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     except ImportError as error:
         raise InputError("images need the package pillow, which is not installed. Run `pip install pillow`") from error
-    pad = raw.get("image_aspect_ratio") == "pad"
+    pad = original.pads or raw.get("image_aspect_ratio") == "pad"
     try:
         images = LlavaImageProcessorPil.from_pretrained(tower, subfolder=subfolder, do_pad=pad)
     except (OSError, ValueError) as error:

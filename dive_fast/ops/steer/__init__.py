@@ -139,8 +139,12 @@ def _fused(residual, update, mask, adapter_index, norm_weight, adapter, backend,
         *options.values(),
         backend,
     )
-    steered = steered.view(residual.shape)
-    return steered if norm_weight is None else (steered, normalized.view(residual.shape))
+    # Nobody else has the flat results, so these are no views: what is done to a layer's output in place, and hooks on
+    # it (FSDP2's), mean this tensor.
+    steered = torch.ops.aten._unsafe_view(steered, residual.shape)
+    if norm_weight is None:
+        return steered
+    return steered, torch.ops.aten._unsafe_view(normalized, residual.shape)
 
 
 def _adapters(adapter) -> int:
