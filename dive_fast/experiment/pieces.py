@@ -69,8 +69,8 @@ class Piece:
     def rows(self) -> list[dict]:
         """The lines of the predictions file."""
         try:
-            lines = self.file("predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-            return [json.loads(line) for line in lines]
+            text = self.file("predictions.jsonl").read_text(encoding="utf-8")
+            return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
         except (OSError, ValueError) as error:
             raise InputError(
                 f"output: {self.file('predictions.jsonl')} cannot be read ({error}); remove {self.folder} to make this "

@@ -79,9 +79,9 @@ def _score_cells(parts: Sequence[Mapping], column: Column) -> list[Cell]:
     shown = None if best is None or len(set(texts) - {MISSING}) == 1 else show(best, column)
     cells = []
     for part, one, text in zip(parts, found, texts, strict=True):
-        compared = difference(part, column.key)
+        compared = one and difference(part, column.key)
         interval = one and one.interval and tuple(show(end, column) for end in one.interval)
-        cells.append(Cell(text, interval, text == shown, compared is not None and compared[1]))
+        cells.append(Cell(text, interval, text == shown, bool(compared and compared[1])))
     return cells
 
 
