@@ -317,7 +317,7 @@ def test_a_dry_run_checks_and_writes_nothing(home, in_process, tmp_path, capsys)
     assert in_process == ["rehearsal"]
     assert "8 of 20 records for each seed, 8 steps of 1 for every adapter" in shown
     assert "13 of 13 pieces are still to be made. Nothing was run, nothing was written." in shown
-    assert "another PEFT method" in shown and "DIVE steering 644 native 0/6" in shown
+    assert "another PEFT method" in shown and "DIVE steering 644 native 0/4" in shown
     assert not (tmp_path / "new").exists() and sorted(home.rglob("*")) == before
 
 

@@ -58,7 +58,8 @@ def _table(config: ExperimentConfig, systems: Sequence[System], folder: Folder, 
         table.add_column(name, justify=side)
     by_name = {system.name: system for system in systems}
     for system in systems:
-        one, tasks = tried[system.name], list(folder.tasks([system], config))
+        # A teacher's pass is shared, so it is none of the system's own pieces.
+        one, tasks = tried[system.name], [t for t in folder.tasks([system], config) if t.stage != "teacher"]
         done = sum(folder.done(task, by_name) for task in tasks)
         row = (system.label, system.kind, count(one["trainable_parameters"]), one["engine"], f"{done}/{len(tasks)}")
         table.add_row(*map(Text, row))
