@@ -271,8 +271,11 @@ def _experiment(commands) -> None:
         "Run a comparison that a YAML file describes: the model alone, with demonstrations, and with adapters trained\n"
         "by different recipes, on the same frozen model, data, seeds and steps. Every piece (a training, a set of\n"
         "written reports) is a process and a file of its own; the same command goes on where it was stopped. Writes\n"
-        "results.json, table.md, table.tex and report.html: means over seeds, intervals over documents and seeds, and\n"
-        "paired differences. What is said about a section is in dive_fast/experiment/settings.py.",
+        "results.json, table.md, table.tex and report.html: means over seeds, intervals over documents and seeds,\n"
+        "paired differences, costs. Sections: title, model, dtype, data (trained on), validation, test, licence,\n"
+        "seeds, training, supervision and teacher (shared), generation, evaluation, systems, compare_with, output;\n"
+        "those of a system: kind (zero_shot, few_shot, steering, lora) or like, label, description, and its own\n"
+        "steering, lora, supervision, teacher, training.",
         "  dive-fast experiment configs/experiments/open_i_smollm2.yaml --dry-run\n"
         "  dive-fast experiment configs/experiments/open_i_smollm2.yaml\n"
         "  dive-fast experiment configs/experiments/open_i_smollm2.yaml --only dive,lora --output runs/two\n"

@@ -385,6 +385,21 @@ def test_a_damaged_file_is_named_with_the_remedy(home, in_process, tmp_path, nam
         run(experiment(home), output, only="zero_shot")
 
 
+def test_a_piece_that_another_command_made_meanwhile_is_left_alone(home, whole):
+    files = {path: path.stat().st_mtime_ns for path in (whole / "runs").rglob("*") if path.is_file()}
+    for task in (["write", "zero_shot", "any"], ["train", "dive", 0], ["teacher", "dive", 0]):
+        asked = {"config": experiment(home).to_json(), "output": str(whole), "task": task}
+        assert worker._do(asked) == {}
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_access_tokens_are_not_stored(home, in_process, tmp_path):
+    secret = ["training.hub_token=shh", "systems.lora.training.hub_token=shh"]
+    run(experiment(home, *secret), tmp_path / "out", only="zero_shot")
+    assert experiment(home, *secret).to_json()["training"]["hub_token"] == "shh"
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and "shh" in path.read_text()]
+
+
 @pytest.mark.parametrize(
     ("code", "answer", "error", "words"),
     [

@@ -25,7 +25,7 @@ from dive_fast import checkpoints
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
 from dive_fast.experiment.inputs import Data
-from dive_fast.experiment.settings import SHARED, ExperimentConfig, Generation
+from dive_fast.experiment.settings import SHARED, ExperimentConfig, Generation, without_tokens
 from dive_fast.experiment.systems import ANY_SEED, System, TeacherPass
 from dive_fast.shards import differences, records_fingerprint
 
@@ -180,7 +180,7 @@ class Folder:
 def _setup(config: ExperimentConfig, systems: Mapping[str, System], data: Data) -> dict:
     """What finished runs depend on. Seeds, added systems and how reports are scored may change in a folder."""
     records = {"data": data.train, "validation": data.validation, "test": data.test}
-    return {
+    setup = {
         "model": config.model,
         "dtype": config.dtype,
         **{name: _described(getattr(config, name), found) for name, found in records.items() if found is not None},
@@ -189,6 +189,7 @@ def _setup(config: ExperimentConfig, systems: Mapping[str, System], data: Data) 
         **{name: getattr(config, name) for name in SHARED},
         "systems": {name: system.setup() for name, system in systems.items()},
     }
+    return without_tokens(setup)
 
 
 def _described(section: Mapping, records: Sequence[Record]) -> dict:

@@ -133,14 +133,19 @@ class ExperimentConfig:
     output: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The experiment as JSON values that `ExperimentConfig(**values)` takes back. Access tokens are left out."""
-        values = dataclasses.asdict(self)
-        values["training"] = {key: value for key, value in self.training.items() if not key.endswith("_token")}
-        return values
+        """The experiment as JSON values that `ExperimentConfig(**values)` takes back."""
+        return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:
-        """The experiment as YAML that `load_experiment` reads back."""
-        return dump({key: value for key, value in self.to_json().items() if value is not None})
+        """The experiment as YAML that `load_experiment` reads back. Access tokens are left out."""
+        return dump({key: value for key, value in without_tokens(self.to_json()).items() if value is not None})
+
+
+def without_tokens(value: Any) -> Any:
+    """`value` without the access tokens that transformers' arguments may hold, however deep."""
+    if isinstance(value, dict):
+        return {key: without_tokens(item) for key, item in value.items() if not str(key).endswith("_token")}
+    return value
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:

@@ -104,7 +104,16 @@ def _difference_cell(system: Mapping, column: Column) -> Cell:
 
 
 def _costs(systems: Sequence[Mapping]) -> Grid:
-    head = ["Trained parameters", "Teacher", "Training", "Peak memory", "Writing", "Tokens/s", "Peak memory", "Engine"]
+    head = [
+        "Trained parameters",
+        "Teacher",
+        "Training",
+        "Memory, training",
+        "Writing",
+        "Tokens/s",
+        "Memory, writing",
+        "Engine",
+    ]
     return Grid("Costs, mean over seeds", head, [(label_of(system), _cost_cells(system)) for system in systems])
 
 
@@ -145,7 +154,7 @@ def notes(result: Mapping) -> list[str]:
             "bold in their own table."
         )
     if memory := sorted({str(s["costs"]["memory"]) for s in result["systems"] if (s.get("costs") or {}).get("memory")}):
-        lines.append(f"Peak memory: {', '.join(memory)}, of training and of writing.")
+        lines.append(f"Memory: the peak of the {', '.join(memory)}.")
     return lines
 
 

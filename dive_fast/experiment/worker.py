@@ -24,8 +24,8 @@ INPUT, OUTPUT, ERRORS = 0, 1, 2
 EXIT_INPUT_ERROR, EXIT_INTERRUPTED, EXIT_ORPHANED = 2, 130, 3
 NOTED_EVERY = 8
 """Reports between two notes of the time that a teacher pass has taken."""
-LOCK_SECONDS = 60
-"""How long a process that was left behind may take to end."""
+PATIENT_SECONDS = 10
+"""How long to wait for another process without a word: one that was left behind needs a moment to end."""
 
 
 def main() -> int:
@@ -83,7 +83,8 @@ def _do(asked: Mapping[str, Any]) -> dict:
     stages = {"teacher": _teach, "train": _train, "write": _write}
     system = resolve(config)[task.system]
     with _alone(folder.place(task, system)):
-        return stages[task.stage](config, folder, system, task.seed)
+        # Another command in the same folder may have made it meanwhile.
+        return {} if folder.done(task, {system.name: system}) else stages[task.stage](config, folder, system, task.seed)
 
 
 @contextmanager
@@ -91,14 +92,17 @@ def _alone(place: Path):
     """One process at a time makes what lies at `place`; a lock goes with the process that holds it."""
     from filelock import FileLock, Timeout
 
-    from dive_fast.errors import InputError
-
     place.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place.parent / f".{place.name}.lock")
     try:
-        with FileLock(place.parent / f".{place.name}.lock", timeout=LOCK_SECONDS):
-            yield
+        lock.acquire(timeout=PATIENT_SECONDS)
     except Timeout:
-        raise InputError(f"output: another process is at work on {place}; wait for it, or end it") from None
+        print(f"another process makes {place}; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _teach(config, folder, system, seed: int) -> dict:

@@ -149,7 +149,15 @@ def _cost_table(systems: Sequence[Mapping]) -> str:
     measured = any(system.get("costs") for system in systems)
     names = ["Trained parameters", "Training", "Generation"]
     if measured:
-        names = ["Trained parameters", "Teacher", "Training", "Peak memory", "Generation", "Tokens/s", "Peak memory"]
+        names = [
+            "Trained parameters",
+            "Teacher",
+            "Training",
+            "Memory, training",
+            "Generation",
+            "Tokens/s",
+            "Memory, writing",
+        ]
     head = '<th scope="col" class="words">What it is</th>'
     head += "".join(f'<th scope="col">{name}</th>' for name in names)
     rows = []
