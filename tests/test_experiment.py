@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,12 @@ from dive_fast.data.encoding import ReportEncoder
 from dive_fast.errors import InputError
 from dive_fast.experiment import run as loop
 from dive_fast.experiment import worker
+from dive_fast.experiment.inputs import load_experiment_data, training_records
 from dive_fast.experiment.memory import PeakMemory
 from dive_fast.experiment.pieces import Folder
 from dive_fast.experiment.run import ExperimentInterrupted, run
 from dive_fast.experiment.settings import load_experiment
+from dive_fast.experiment.systems import resolve
 from dive_fast.likelihood import report_nll
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
 
@@ -169,9 +172,6 @@ def test_the_results_are_what_the_library_gives(home, whole):
 
 def test_an_adapter_is_the_one_that_train_gives(home, whole, tmp_path):
     """The same records, settings and seed through `dive_fast.train`; its reports are those of `generate`."""
-    from dive_fast.experiment.inputs import load_experiment_data, training_records
-    from dive_fast.experiment.systems import resolve
-
     config = experiment(home)
     data, system = load_experiment_data(config), resolve(config)["dive"]
     met = training_records(data.train, system.training_settings(1, tmp_path), 1)
@@ -307,6 +307,16 @@ def test_what_does_not_change_a_run_may_change_in_its_folder(home, in_process, t
     assert result_of(output)["bootstrap"]["resamples"] == 20
     run(experiment(home, *more, "evaluation.metrics=[rouge_l]"), output, only=only)
     assert len(scored) == 2 * 4 and "bleu_1" not in result_of(output)["systems"][0]["scores"]
+    # What has no runs yet, or none any more, may still be set otherwise.
+    config = experiment(home, *more, "evaluation.metrics=[rouge_l]", "systems.dive.steering.r=3")
+    Folder(output).check(config, resolve(config), load_experiment_data(config))
+    config = experiment(home, *more, "systems.near.teacher.shots=2")
+    with pytest.raises(
+        InputError, match=r"systems\.near\.teacher\.shots: 1 there, 2 now.*once its folder in runs/ is removed"
+    ):
+        Folder(output).check(config, resolve(config), load_experiment_data(config))
+    shutil.rmtree(output / "runs" / "near")
+    Folder(output).check(config, resolve(config), load_experiment_data(config))
 
 
 def test_a_dry_run_checks_and_writes_nothing(home, in_process, tmp_path, capsys):
@@ -413,6 +423,16 @@ def test_access_tokens_are_not_stored(home, in_process, tmp_path):
 def test_how_a_piece_ended_is_said(code, answer, error, words):
     with pytest.raises(error, match=words):
         loop._answer(code, answer, Folder(Path("out")))
+
+
+def test_a_piece_that_fails_is_named_and_stops_no_other(home, in_process, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise InputError("training: the loss became nan at step 3")
+
+    monkeypatch.setattr(worker, "_train", fail)
+    with pytest.raises(InputError, match="^DIVE, seed 0: training: training: the loss became nan at step 3$"):
+        run(experiment(home), tmp_path / "out", only="dive")
+    assert run(experiment(home), tmp_path / "out", only="zero_shot") == 0
 
 
 def test_an_error_in_a_piece_is_the_commands_error(home, tmp_path, capsys):

@@ -162,15 +162,16 @@ class Folder:
             raise InputError(
                 f"output: {file} cannot be read ({error}); name another folder, or remove this one"
             ) from error
-        # What only one of them has was added or left out, and changes nothing that is there.
+        # A system that only one of them has was added or left out; one without runs has nothing to contradict.
         both = before.get("systems", {}).keys() & setup["systems"].keys()
-        theirs, ours = ({**s, "systems": {n: s["systems"][n] for n in sorted(both)}} for s in (before, setup))
+        both = sorted(name for name in both if (self.root / "runs" / name).is_dir())
+        theirs, ours = ({**s, "systems": {name: s["systems"][name] for name in both}} for s in (before, setup))
         changed = list(differences(theirs, ours))
         if changed:
             shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
             raise InputError(
                 f"output: {self.root} holds an experiment with other settings ({shown}); give the same ones, or name "
-                "another --output"
+                "another --output. A system's own settings may change once its folder in runs/ is removed"
             )
         # A system that is left out this time stays what its runs were made with.
         setup["systems"] = {**before.get("systems", {}), **setup["systems"]}

@@ -62,9 +62,12 @@ def run(config: ExperimentConfig, output: Path, *, only: str | None = None, dry_
         return 0
     folder.begin(config, systems, data)
     for number, task in enumerate(left, start=1):
-        console.print(f"{number} of {len(left)}: {words(task, systems[task.system])}", markup=False)
-        start = time.perf_counter()
-        _process(config, folder, {"task": list(task)})
+        what, start = words(task, systems[task.system]), time.perf_counter()
+        console.print(f"{number} of {len(left)}: {what}", markup=False)
+        try:
+            _process(config, folder, {"task": list(task)})
+        except InputError as error:
+            raise InputError(f"{what}: {error}") from error
         console.print(f"  {seconds(time.perf_counter() - start)}, loading included", style="dim", markup=False)
     write_results(console, finished(config, systems, folder, data), scorer, command)
     return 0
