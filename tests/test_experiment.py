@@ -338,7 +338,7 @@ def test_a_dry_run_checks_and_writes_nothing(home, in_process, tmp_path, capsys)
         (["systems.lora.lora.target_modules=[query]"], "systems.lora: steering: PEFT refuses this LORA .*query"),
         (["systems.lora.lora.target_modules=[lm_head]"], "systems.lora: steering: it adapts the head"),
         (["systems.dive.steering.layers_to_transform=[9]"], "systems.dive: layers_to_transform: 9 is out of range"),
-        (["generation.engine=native"], "systems.lora: generation.engine: 'native' cannot run it"),
+        (["generation.engine=native"], "systems.lora: engine: 'native' cannot run this: .*another PEFT method"),
         (["generation.max_new_tokens=2040"], "generation.max_new_tokens: the prompt of test record .* do not fit"),
         (
             ["teacher.shots=15", "generation.max_new_tokens=1900"],

@@ -13,14 +13,13 @@ import torch
 from dive_fast.adapters import trainable_parameters, with_adapter
 from dive_fast.data.demonstrations import DemonstrationPool
 from dive_fast.data.record import Record
-from dive_fast.decode.native import NativeDecoder
-from dive_fast.decode.plan import Unsupported
 from dive_fast.errors import InputError
 from dive_fast.experiment.inputs import Backbone, Data, load_experiment_data, load_frozen, training_records
 from dive_fast.experiment.pieces import Folder
 from dive_fast.experiment.scoring import Scorer
 from dive_fast.experiment.settings import Evaluation, ExperimentConfig, Generation
 from dive_fast.experiment.systems import System, resolve
+from dive_fast.measurements import write_reports
 from dive_fast.models.spec import text_config_of
 
 LONGEST = 32
@@ -42,11 +41,13 @@ def rehearse(config: ExperimentConfig, folder: Folder, names: Sequence[str]) -> 
     systems = [system for name, system in resolve(config).items() if name in names]
     data, frozen = load_experiment_data(config), load_frozen(config)
     frozen.encoder.check_lengths([*data.train, *(data.validation or ()), *data.test])
-    generation = Generation(**config.generation)
-    found = {system.name: _tried(system, frozen, generation) for system in systems}
+    found = {}
     for system in systems:
-        with _named(system):
+        try:
             _check_prompts(system, config, data, frozen, folder)
+            found[system.name] = _tried(system, config, data, frozen, folder)
+        except InputError as error:
+            raise InputError(f"systems.{system.name}: {error}") from error
     needed = _teacher_bytes(systems, config, data, frozen, folder)
     _check_disk(folder.root, needed)
     return {
@@ -57,46 +58,24 @@ def rehearse(config: ExperimentConfig, folder: Folder, names: Sequence[str]) -> 
     }
 
 
-class _named:
-    """Heads an InputError with the system that it is about."""
-
-    def __init__(self, system: System):
-        self.system = system
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, InputError):
-            raise InputError(f"systems.{self.system.name}: {error}") from error
-
-
-def _tried(system: System, frozen: Backbone, generation: Generation) -> dict[str, Any]:
-    """Make the system's adapter and the engine's plan of it, and take both away again."""
-    with _named(system):
-        if not system.trained:
-            return {"trainable_parameters": 0} | _engine(frozen.model, generation)
+def _tried(system: System, config: ExperimentConfig, data: Data, frozen: Backbone, folder: Folder) -> dict[str, Any]:
+    """Make the system's adapter, write the first token of a report with it, and take it away again."""
+    model, parameters = frozen.model, 0
+    if system.trained:
         # A tagger that runs a model says here what it lacks.
         system.supervision_settings().span_tagger()
         torch.manual_seed(0)
-        model = with_adapter(frozen.model, system.adapter_config())
-        try:
-            model.eval()
-            return {"trainable_parameters": trainable_parameters(model)} | _engine(model, generation)
-        finally:
-            model.unload()
-
-
-def _engine(model, generation: Generation) -> dict[str, Any]:
-    if generation.engine == "transformers":
-        return {"engine": "transformers", "not_native": None}
+        model = with_adapter(frozen.model, system.adapter_config()).eval()
+        parameters = trainable_parameters(model)
     try:
-        NativeDecoder(model, None, None)
-    except Unsupported as reason:
-        if generation.engine == "native":
-            raise InputError(f"generation.engine: 'native' cannot run it: {reason}; null runs it anyway") from None
-        return {"engine": "transformers", "not_native": str(reason)}
-    return {"engine": "native", "not_native": None}
+        pool = _pool(system, config.seeds[0], data, folder) if system.role == "teacher" else None
+        options = {**vars(Generation(**config.generation)), "max_new_tokens": 1, "min_new_tokens": 0}
+        output, _ = write_reports(model, frozen.processor, data.test[:1], pool, **options)
+    finally:
+        if system.trained:
+            model.unload()
+    engine, reason = output.stats["engine"], output.stats.get("not_native")
+    return {"trainable_parameters": parameters, "engine": engine, "not_native": reason}
 
 
 def _check_prompts(system: System, config: ExperimentConfig, data: Data, frozen: Backbone, folder: Folder) -> None:
