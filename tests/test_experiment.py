@@ -127,11 +127,19 @@ def whole(home) -> Path:
     return home / "whole"
 
 
+# Tests that are started in the background may have inherited that Ctrl-C is ignored.
+COMMAND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from dive_fast.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def start(home: Path, output: Path, *more: str) -> subprocess.Popen:
     """The command itself, with as many threads as this process has, on which the last bits of sums depend."""
-    config = ["experiment", str(home / "exp.yaml"), "--output", str(output)]
     return subprocess.Popen(
-        [sys.executable, "-m", "dive_fast.cli", *config, *more],
+        [sys.executable, "-c", COMMAND, "experiment", str(home / "exp.yaml"), "--output", str(output), *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -225,7 +233,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(home):
     assert "Traceback" not in errors
     saved = checkpoints.newest_complete(output / "runs" / "lora" / "seed-0" / "adapter")
     state = json.loads((saved / "trainer_state.json").read_text())
-    assert state["global_step"] % 2 == 1 or state["global_step"] >= 2, "the running step is the last"
+    assert saved.name == f"checkpoint-{state['global_step']}" and 2 <= state["global_step"] < 5000
 
 
 def test_costs_differences_and_files(home, whole):
