@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", nargs=0, action=_Version, help="show the version and leave")
+    parser.add_argument("-V", "--version", nargs=0, action=_Version, help="show the version and leave")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_data, _train, _generate, _evaluate, _experiment, _tag, _demo, _report, _doctor):
         add(commands)
