@@ -101,7 +101,7 @@ def training_arguments(args: Mapping | TrainingArguments | None, output_dir: Pat
     if arguments.n_gpu > 1:
         raise InputError(
             f"args: {arguments.n_gpu} GPUs are visible to one process; start one process per GPU with "
-            "`torchrun --nproc-per-node N` or `accelerate launch`"
+            "`torchrun --nproc-per-node N` or `accelerate launch`, or show it one with CUDA_VISIBLE_DEVICES=0"
         )
     return arguments
 

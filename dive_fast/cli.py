@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dive-fast: {why}; mend its permissions or name another path", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(_interrupted(stop, resumable=hasattr(args, "resume")), file=sys.stderr)
+        print(_interrupted(stop, getattr(args, "goes_on", None)), file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (head, less) has gone; what is left in the buffer must not raise again at exit.
@@ -43,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _interrupted(stop: KeyboardInterrupt, resumable: bool) -> str:
+def _interrupted(stop: KeyboardInterrupt, goes_on: str | None) -> str:
     saved = getattr(stop, "saved_to", None)
     message = "\ndive-fast: interrupted"
     if saved is None:
         return message
-    return f"{message}; saved to {saved}" + (", the same command with --resume goes on from there" if resumable else "")
+    return f"{message}; saved to {saved}" + (f", {goes_on} goes on from there" if goes_on else "")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -93,9 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", nargs=0, action=_Version, help="show the version and leave")
+    parser.add_argument("-V", "--version", nargs=0, action=_Version, help="show the version and leave")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_data, _train, _generate, _evaluate, _tag, _demo, _report, _doctor):
+    for add in (_data, _train, _generate, _evaluate, _experiment, _tag, _demo, _report, _doctor):
         add(commands)
     return parser
 
@@ -165,6 +165,7 @@ def _train(commands) -> None:
     parser.add_argument("--output", metavar="DIR", help="new folder for adapter, checkpoints and settings")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     parser.add_argument("--list-options", action="store_true", help="show every option with its type and default")
+    parser.set_defaults(goes_on="the same command with --resume")
 
 
 def _generate(commands) -> None:
@@ -260,6 +261,35 @@ def _evaluate(commands) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the resampling (default 0)")
     parser.add_argument("--lexicon", metavar="YAML", help="lexicon of the decisive metric; default: chest findings")
     parser.add_argument("--output", metavar="FILE", help="write all scores as JSON")
+
+
+def _experiment(commands) -> None:
+    parser = _add(
+        commands,
+        "experiment",
+        "compare systems on one model, data, seeds and steps",
+        "Run a comparison that a YAML file describes: the model alone, with demonstrations, and with adapters trained\n"
+        "by different recipes, on the same frozen model, data, seeds and steps. Every piece (a training, a set of\n"
+        "written reports) is a process and a file of its own; the same command goes on where it was stopped. Writes\n"
+        "results.json, table.md, table.tex and report.html: means over seeds, intervals over documents and seeds,\n"
+        "paired differences, costs. Sections: title, model, dtype, data (trained on), validation, test, licence,\n"
+        "seeds, training, supervision and teacher (shared), generation, evaluation, systems, compare_with, output;\n"
+        "those of a system: kind (zero_shot, few_shot, steering, lora) or like, label, description, and its own\n"
+        "steering, lora, supervision, teacher, training.",
+        "  dive-fast experiment configs/experiments/open_i_smollm2.yaml --dry-run\n"
+        "  dive-fast experiment configs/experiments/open_i_smollm2.yaml\n"
+        "  dive-fast experiment configs/experiments/open_i_smollm2.yaml --only dive,lora --output runs/two\n"
+        "  dive-fast experiment configs/experiments/open_i_smollm2.yaml training.max_steps=3 test.limit=6 \\\n"
+        "      'seeds=[0, 1]' systems.dive.steering.r=32 --output runs/quick\n"
+        "  dive-fast experiment configs/experiments/mimic_cxr_llava_med.yaml data.root=/data/mimic-cxr-jpg \\\n"
+        "      test.root=/data/mimic-cxr-jpg --output runs/mimic",
+    )
+    parser.set_defaults(run=_command("experiment", "dive_fast.cli_experiment"), goes_on="the same command")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the experiment")
+    parser.add_argument("items", nargs="*", metavar="key=value", help="values in place of the file's")
+    parser.add_argument("--output", metavar="DIR", help="folder of the experiment; one that holds it is gone on with")
+    parser.add_argument("--only", metavar="NAME[,NAME]", help="run these systems alone")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, show the plan, write nothing")
 
 
 def _tag(commands) -> None:

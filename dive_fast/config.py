@@ -36,6 +36,7 @@ CLASS_SECTIONS = {
     "training": ("dive_fast.train", "DiveTrainingArguments"),
 }
 SECTIONS = ("model", "dtype", "data", "eval_data", "steering", "supervision", "teacher", "training", "output")
+DATA_SECTIONS = ("data", "eval_data")
 
 
 def section_classes() -> dict[str, type]:
@@ -89,15 +90,29 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         InputError: no such file, a YAML syntax error (with its line), an unknown key (with the nearest known one), or a
             value of the wrong type (with the key, what was expected and what came).
     """
+    values, places = read_values(path, overrides, DATA_SECTIONS, {"data": RunConfig().data})
+    return _check_run(values, places)
+
+
+def read_values(
+    path: str | Path | None, overrides: Sequence[str], data_sections: Sequence[str], defaults: Mapping | None = None
+) -> tuple[dict, "Places"]:
+    """A YAML file's values with the overrides applied, unchecked, and where each of them was given.
+
+    Args:
+        data_sections: top-level keys that may be a data set's name in place of a section.
+        defaults: of top-level keys, which overrides may reach into.
+    """
     values, lines = _read_yaml(Path(path)) if path is not None else ({}, {})
     places = {key: f"{path}:{line}: {key}" for key, line in lines.items()}
-    values.setdefault("data", RunConfig().data)
+    for key, value in (defaults or {}).items():
+        values.setdefault(key, value)
     for override in overrides:
-        _apply_override(values, places, override)
-    return _check_run(values, _Places(places, None if path is None else str(path)))
+        _apply_override(values, places, override, data_sections)
+    return values, Places(places, None if path is None else str(path))
 
 
-class _Places(dict):
+class Places(dict):
     """Where a dotted key was given, in words for an error message."""
 
     def __init__(self, places: Mapping[str, str], path: str | None):
@@ -126,17 +141,19 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, int]]:
 
 
 def _collect_lines(node: yaml.Node, prefix: str, lines: dict[str, int], source: str) -> None:
-    """Line of each key in the first two levels; a key given twice is an error, where YAML would keep the last."""
+    """Line of each key, dotted; one given twice is an error, where YAML would keep the last."""
     for key_node, value_node in node.value:
         key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
         if key in lines:
             raise InputError(f"{source}:{line}: {key}: given twice, first on line {lines[key]}; keep one")
         lines[key] = line
-        if not prefix and isinstance(value_node, yaml.MappingNode):
+        if isinstance(value_node, yaml.MappingNode):
             _collect_lines(value_node, f"{key}.", lines, source)
 
 
-def _apply_override(values: dict, places: dict[str, str], override: str) -> None:
+def _apply_override(
+    values: dict, places: dict[str, str], override: str, data_sections: Sequence[str] = DATA_SECTIONS
+) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
     parts = key.split(".")
@@ -145,7 +162,7 @@ def _apply_override(values: dict, places: dict[str, str], override: str) -> None
     value, _ = parse(text, f"override {override!r}")
     level = values
     for depth, part in enumerate(parts[:-1]):
-        if depth == 0 and part in ("data", "eval_data"):
+        if depth == 0 and part in data_sections:
             level[part] = data_section(level.get(part))
         if level.get(part) is None:
             level[part] = {}
@@ -157,7 +174,7 @@ def _apply_override(values: dict, places: dict[str, str], override: str) -> None
     places[key] = f"override {key}"
 
 
-def _check_run(values: dict, places: _Places) -> RunConfig:
+def _check_run(values: dict, places: Places) -> RunConfig:
     for key in values:
         if key not in SECTIONS:
             raise InputError(unknown_key(places[str(key)], str(key), SECTIONS))
@@ -165,18 +182,19 @@ def _check_run(values: dict, places: _Places) -> RunConfig:
     for key in ("model", "dtype", "output"):
         if values.get(key) is not None:
             setattr(run, key, check_type(values[key], str, places[key]))
-    for key in ("data", "eval_data"):
+    for key in DATA_SECTIONS:
         if values.get(key) is not None:
-            setattr(run, key, _check_data(values[key], key, places))
+            setattr(run, key, check_data(values[key], key, places))
     if any(values.get(section) is not None for section in CLASS_SECTIONS):
         classes = section_classes()
         for section in CLASS_SECTIONS:
             if values.get(section) is not None:
-                setattr(run, section, _check_section(values[section], section, classes[section], places))
+                setattr(run, section, check_section(values[section], section, classes[section], places))
     return run
 
 
-def _check_data(value: Any, key: str, places: _Places) -> dict[str, Any]:
+def check_data(value: Any, key: str, places: Places) -> dict[str, Any]:
+    """A data section (or the name or path it is short for) with the data set's name and options of its types."""
     value = check_type(data_section(value), dict[str, Any], places[key])
     if not isinstance(value.get("name"), str):
         raise InputError(f"{places[key]}: expected the data set's name, such as name: open_i, got {describe(value)}")
@@ -206,7 +224,7 @@ def data_with_options(name_or_path: str, options: Sequence[str]) -> dict[str, An
     values, places = {"data": data_section(name_or_path)}, {}
     for option in options:
         _apply_override(values, places, f"data.{option}")
-    return _check_data(values["data"], "data", _Places(places, None))
+    return check_data(values["data"], "data", Places(places, None))
 
 
 def load_metric_options(items: Sequence[str]) -> dict[str, Any] | None:
@@ -235,11 +253,16 @@ def load_records(section: Mapping[str, Any]) -> Sequence:
     return load_data(**section)
 
 
-def _check_section(value: Any, section: str, cls: type, places: _Places) -> dict[str, Any]:
+def check_section(value: Any, section: str, cls: type, places: Places) -> dict[str, Any]:
+    """The keys and values of a section, against the fields of the class that receives them.
+
+    Args:
+        section: dotted, as `places` has it.
+    """
     value = check_type(value, dict[str, Any], places[section])
     fields = {field.name for field in dataclasses.fields(cls) if field.init}
-    if section == "training" and "output_dir" in value:
-        raise InputError(f"{places['training.output_dir']}: the directory is given once, as `output` (or --output)")
+    if section.endswith("training") and "output_dir" in value:
+        raise InputError(f"{places[f'{section}.output_dir']}: the directory is given once, as `output` (or --output)")
     hints = typing.get_type_hints(cls)
     checked = {}
     for key, item in value.items():

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +22,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from dive_fast import checkpoints, doctor
+from dive_fast import checkpoints, doctor, measurements
 from dive_fast.data import load_data
 from dive_fast.data.demonstrations import DemonstrationPool
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.data.record import Record
-from dive_fast.decode import GenerateOutput, generate
+from dive_fast.decode import GenerateOutput
 from dive_fast.errors import InputError
-from dive_fast.evaluate import evaluate
 from dive_fast.likelihood import report_nll
 from dive_fast.models.backbone import load_backbone
 from dive_fast.models.spec import text_config_of
@@ -213,11 +213,10 @@ def _teach(console: Console, task: Task, output: Path, budget: Budget) -> float 
     """Fill the cache that both adapters are distilled from, so that the time of each is its own."""
     settings = _teacher(task, output, budget)
     runner = TeacherRunner(task.model, task.encoder, task.pool, cache_dir=settings.cache_dir)
-    start = time.perf_counter()
-    for record in track(task.train, f"{SHOTS}-shot teacher reads the training reports", console=console):
-        runner.targets(record)
+    shown = partial(track, description=f"{SHOTS}-shot teacher reads the training reports", console=console)
+    seconds = measurements.fill_teacher_cache(runner, task.train, shown)
     whole = runner.passes == len(task.train)
-    return _stage_seconds(output / "teacher-seconds.json", time.perf_counter() - start, whole=whole)
+    return _stage_seconds(output / "teacher-seconds.json", seconds, whole=whole)
 
 
 def _train(console, task: Task, folder: Path, adapter: Adapter, budget: Budget):
@@ -260,24 +259,16 @@ def _score(
 ) -> dict:
     """Perplexity of the held-out reports, greedy reports of the system's own, and their scores."""
     model = task.model if model is None else model
-    records = task.held_out
+    records, pool = task.held_out, task.pool if demonstrations else None
     with _step(console, f"{label}: perplexity of {len(records)} held-out reports"):
-        nll, tokens = report_nll(
-            model, records, task.encoder, demonstrations=task.pool.for_record if demonstrations else None
-        )
+        likelihoods = report_nll(model, records, task.encoder, demonstrations=pool and pool.for_record)
     with _step(console, f"{label}: writing {len(records)} reports"):
-        start = time.perf_counter()
-        written = generate(
-            model,
-            records,
-            processor=task.processor,
-            max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=GENERATE_BATCH,
-            demonstrations=[task.pool.for_record(r) for r in records] if demonstrations else None,
+        written, seconds = measurements.write_reports(
+            model, task.processor, records, pool, max_new_tokens=MAX_NEW_TOKENS, batch_size=GENERATE_BATCH
         )
-        seconds = time.perf_counter() - start
-    _write_predictions(output / f"predictions-{name}.jsonl", records, written)
-    unseen = [i for i, record in enumerate(records) if record.meta.get("unseen_text")]
+    output.mkdir(parents=True, exist_ok=True)
+    lines = measurements.prediction_lines(records, written)
+    (output / f"predictions-{name}.jsonl").write_text(lines, encoding="utf-8")
     entry = {
         "name": name,
         "label": label,
@@ -288,44 +279,18 @@ def _score(
         "generate_seconds": seconds,
         "engine": written.stats["engine"],
         "history": [],
-        "finish": {r: written.finish_reasons.count(r) / len(records) for r in ("eos", "length")},
-        "lengths": [len(text.split()) for text in written.texts],
-        "samples": [
-            {"id": r.id, "prompt": r.prompt, "reference": r.report, "prediction": text}
-            for r, text in list(zip(records, written.texts, strict=True))[:EXAMPLES]
-        ],
     }
-    entry |= _figures(records, written, nll, tokens, range(len(records)))
+    entry |= measurements.shape(records, written.texts, written.finish_reasons, EXAMPLES)
+    entry |= _figures(records, written, likelihoods)
+    unseen = measurements.unseen_rows(records)
     if len(unseen) > 1:
-        entry["unseen"] = {"n": len(unseen)} | _figures(records, written, nll, tokens, unseen)
+        entry["unseen"] = {"n": len(unseen)} | _figures(records, written, likelihoods, unseen)
     return entry
 
 
-def _figures(records, written: GenerateOutput, nll, tokens, rows: Sequence[int]) -> dict:
-    scores = evaluate(
-        [written.texts[i] for i in rows],
-        [records[i].report for i in rows],
-        protocol=PROTOCOL,
-        finish_reasons=[written.finish_reasons[i] for i in rows],
-        likelihoods=([nll[i] for i in rows], [tokens[i] for i in rows]),
-        ids=[records[i].id for i in rows],
-    )
-    return {
-        "perplexity": scores["perplexity"],
-        "perplexity_interval": list(scores.intervals["perplexity"]),
-        "scores": dict(scores),
-        "intervals": {name: list(bounds) for name, bounds in scores.intervals.items()},
-    }
-
-
-def _write_predictions(path: Path, records: Sequence[Record], written: GenerateOutput) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = zip(records, written.texts, written.finish_reasons, strict=True)
-    lines = (
-        {"id": r.id, "prompt": r.prompt, "prediction": text, "reference": r.report, "finish_reason": reason}
-        for r, text, reason in rows
-    )
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+def _figures(records, written: GenerateOutput, likelihoods, rows: Sequence[int] | None = None) -> dict:
+    scores = measurements.score(records, written.texts, written.finish_reasons, likelihoods, rows, protocol=PROTOCOL)
+    return measurements.figures(scores, scores.intervals)
 
 
 def _summary(task: Task, budget: Budget, output: Path, systems: list, quick: bool) -> dict:

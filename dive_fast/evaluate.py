@@ -163,13 +163,21 @@ def paired_difference(
 def _distribution(
     metric: Metric, statistics: np.ndarray, values: Mapping[str, float], bootstrap: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Bootstrap values [B] of each key, shifted so that the full sample gives the reported value.
+    """Bootstrap values [B] of each key."""
+    return resampled_values(metric, statistics, values, resampled_sums(statistics, bootstrap, seed))
+
+
+def resampled_values(
+    metric: Metric, statistics: np.ndarray, values: Mapping[str, float], sums: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Values [B] of each key from the column sums [B, K] of resamples of `statistics` [N, K], shifted so that the full
+    sample gives the reported value.
 
     The shift is rounding for all but METEOR, whose corpus value is not the mean of its per-document values.
     """
     n = len(statistics)
     full = metric.combine(statistics.sum(axis=0, keepdims=True), n)
-    resampled = metric.combine(resampled_sums(statistics, bootstrap, seed), n)
+    resampled = metric.combine(sums, n)
     return {key: resampled[key] + (values[key] - full[key][0]) for key in metric.keys}
 
 

@@ -17,6 +17,7 @@ from dive_fast.models.hidden import HiddenStates, hidden_states
 from dive_fast.models.prefix import continue_prefix
 from dive_fast.models.spec import lm_head_of, logit_softcap_of
 from dive_fast.prompt_store import PromptStore
+from dive_fast.steering import DiveModel
 from dive_fast.supervision.teacher import without_steering
 
 NOT_FOR_THE_MODEL = ("prompts", "labels", "targets", "target_weights", "predictors", "records")
@@ -35,7 +36,7 @@ def batch_states(
         store: where the prompts' caches are looked up and kept.
     """
     inputs = {key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL}
-    if hasattr(_inside_wrappers(model), "peft_config"):
+    if isinstance(getattr(_inside_wrappers(model), "base_model", None), DiveModel):
         inputs["response_positions"] = batch["targets"] != IGNORED
     if "prompts" not in batch:
         return hidden_states(model, inputs, layers=layers)

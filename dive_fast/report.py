@@ -14,6 +14,18 @@ escapes every string that comes from data. A section whose numbers are missing f
                   "unseen": {"n", "perplexity", "perplexity_interval", "scores", "intervals"},
                   "samples": [{"id", "prompt", "reference", "prediction"}]}]}
 
+A comparison over several seeds, as `dive-fast experiment` writes it, has means over them in these places, and besides
+
+    {"seeds": [int], "compare_with": name, "bootstrap": {"resamples", "seed"},
+     "systems": [{"seeds": [{"seed": int | "any", "scores": {name: float}}],
+                  "differences": {name: {"difference", "interval": [low, high], "clear": bool}},
+                  "costs": {"teacher_seconds", "teacher_in_training": bool, "train_peak_bytes", "tokens_per_second",
+                            "write_peak_bytes", "memory": what the peaks count, "not_native": why another engine wrote},
+                  "unseen": {..., "differences"}}]}
+
+where a difference is to the system `compare_with`, paired, and "clear" if its interval leaves out 0. "history" is the
+mean over the seeds, "lengths" are those of all, "samples" the first seed's.
+
 Only "systems" is required, each with a "name" or a "label".
 """
 
@@ -54,6 +66,7 @@ def write_report(result: Mapping, path: str | Path, *, highlight: Highlight | No
         sections.summary(result, finding(result)),
         sections.key_figures(result),
         sections.score_tables(result),
+        sections.differences(result),
         sections.score_plots(result),
         sections.losses(result),
         sections.lengths(result),

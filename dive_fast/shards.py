@@ -49,7 +49,7 @@ class Shards:
                 f"--output: {file} does not say what the shards beside it were made with ({error}); remove "
                 f"{self.folder} to start again"
             ) from error
-        changed = list(_differences(before, self.setup))
+        changed = list(differences(before, self.setup))
         if changed:
             raise InputError(
                 f"--output: the finished shards in {self.folder} were made with other settings ({'; '.join(changed)}); "
@@ -167,10 +167,10 @@ def _write(path: Path, text: str) -> None:
         raise
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterable[str]:
-    """`key: theirs there, ours now` for every value that is not the same."""
+def differences(before: Any, now: Any, name: str = "") -> Iterable[str]:
+    """`key: theirs there, ours now` for every value of two nested mappings that is not the same."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*now, *before]):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif before != now:
         yield f"{name}: {json.dumps(before)} there, {json.dumps(now)} now"

@@ -1,4 +1,4 @@
-"""`dive_fast.train`: from a frozen model and records to a trained steering adapter."""
+"""`dive_fast.train`: from a frozen model and records to a trained adapter, steering or one to compare it with."""
 
 import dataclasses
 import hashlib
@@ -17,17 +17,18 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, set_seed
 
 from dive_fast import checkpoints
+from dive_fast.adapters import adapted, adapter_settings, load
 from dive_fast.arguments import DiveTrainingArguments, training_arguments
 from dive_fast.data import to_records
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.errors import InputError
-from dive_fast.models.backbone import load_backbone
 from dive_fast.models.spec import text_config_of
 from dive_fast.sharding import any_process
-from dive_fast.steering import DiveConfig
 from dive_fast.supervision import Supervision, Teacher
 from dive_fast.supervision.teacher import TeacherRunner
 from dive_fast.trainer import DiveTrainer
+
+__all__ = ["DiveTrainingArguments", "TrainResult", "TrainingInterrupted", "load", "train"]
 
 SETUP_FILE = "dive_setup.json"
 
@@ -40,8 +41,9 @@ class TrainResult:
 
     Attributes:
         adapter_dir: `peft.PeftModel.from_pretrained` and `dive_fast.load` read it.
-        metrics: train_loss, train_runtime and, with an eval set, eval_loss and eval_perplexity; with `eval_reports`
-            also eval_rouge_l, eval_decisive_f1 and eval_terminated (0..1).
+        metrics: train_loss, train_runtime, seconds_per_step (the mean of the steps that this process made, without
+            evaluating and saving) and, with an eval set, eval_loss and eval_perplexity; with `eval_reports` also
+            eval_rouge_l, eval_decisive_f1 and eval_terminated (0..1).
         history: one dict per log entry: step, loss, learning_rate, grad_norm; eval entries among them.
         model: the trained PEFT model, in eval mode.
     """
@@ -67,23 +69,25 @@ def train(
     *,
     processor=None,
     eval_dataset=None,
-    steering: DiveConfig | None = None,
+    steering: peft.PeftConfig | None = None,
     supervision: Supervision | None = None,
     teacher: Teacher | None = None,
     args: Mapping | DiveTrainingArguments | None = None,
     resume: bool = False,
 ) -> TrainResult:
-    """Train a steering adapter on a frozen model.
+    """Train a steering adapter, or another PEFT adapter as its baseline, on a frozen model.
 
     Args:
-        model_or_path: a transformers model, a PEFT model with dive adapters to train on, or a name that
+        model_or_path: a transformers model, a PEFT model with adapters to train on, or a name that
             `dive_fast.models.backbone.load_backbone` takes ("smollm2", a folder, a hub id).
         train_dataset, eval_dataset: records, dicts with `report` and `prompt` (or `indication`), a `datasets.Dataset`,
             or the path of a JSON-lines or CSV file.
         output_dir: receives checkpoints, the final adapter (`adapter_config.json`, `adapter_model.safetensors`) and
             the run's settings.
         processor: the model's processor or fast tokenizer; needed with a model object.
-        steering: the adapter; default `DiveConfig()`. Not with a PEFT model, which brings its own.
+        steering: the adapter; default `DiveConfig()`. Not with a PEFT model, which brings its own. Any other
+            `peft.PeftConfig` that adapts layers (LoRA and its kin) trains with the same loss, data order and teacher;
+            it sees whole rows, prompts included, since it acts on them too.
         supervision: token weights and loss terms; default `Supervision()`.
         teacher: the model with demonstrations to distil; None: cross-entropy alone.
         args: `DiveTrainingArguments` or a dict of them.
@@ -93,10 +97,14 @@ def train(
         InputError: bad data, a bad setting, or an `output_dir` that holds another run; nothing is written then.
         TrainingInterrupted: after Ctrl-C, once the running step is finished and saved.
     """
-    settings = {"steering": (steering, DiveConfig), "supervision": (supervision, Supervision)}
-    for name, (value, cls) in (settings | {"teacher": (teacher, Teacher)}).items():
+    settings = {
+        "steering": (steering, peft.PeftConfig, "dive_fast.DiveConfig or another peft.PeftConfig"),
+        "supervision": (supervision, Supervision, "dive_fast.Supervision"),
+        "teacher": (teacher, Teacher, "dive_fast.Teacher"),
+    }
+    for name, (value, cls, expected) in settings.items():
         if value is not None and not isinstance(value, cls):
-            raise InputError(f"{name}: expected a dive_fast.{cls.__name__}, got {type(value).__name__}")
+            raise InputError(f"{name}: expected a {expected}, got {type(value).__name__}")
     output_dir = Path(output_dir)
     records = to_records(train_dataset)
     eval_records = None if eval_dataset is None else to_records(eval_dataset)
@@ -108,7 +116,7 @@ def train(
     # The first process fills the tagger's cache, the others find it filled.
     with arguments.main_process_first(desc="tagging"):
         supervision.read_ahead(record.report for record in (*records, *(eval_records or ())))
-    model, processor = _model_and_processor(model_or_path, processor, steering)
+    model, processor = adapted(model_or_path, processor, steering)
     base = model.get_base_model()
     encoder = ReportEncoder(processor, context_length=text_config_of(base).max_position_embeddings)
     encoder.check_lengths([*records, *(eval_records or ())])
@@ -157,85 +165,6 @@ def train(
         raise
 
 
-def load(base_or_path, adapter_dir, *, dtype=None) -> peft.PeftModel:
-    """The base model with a trained adapter, in eval mode.
-
-    Args:
-        base_or_path: a transformers model, or a name as in `train`; with a name the PEFT model carries the processor
-            as `model.processor`, where `generate` finds it.
-        adapter_dir: what `train` wrote.
-        dtype: of a model loaded by name.
-
-    Raises:
-        InputError: no adapter there, one that is cut short, one for another base model.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    folder = Path(adapter_dir)
-    weights = folder / "adapter_model.safetensors"
-    for file in (folder / "adapter_config.json", weights):
-        if not file.is_file():
-            raise InputError(f"adapter_dir: {folder} holds no adapter, {file.name} is missing")
-    try:
-        with safe_open(weights, framework="pt") as file:
-            saved = set(file.keys())
-    except SafetensorError as error:
-        raise InputError(f"adapter_dir: {weights} is damaged or cut short ({error}); copy it again") from error
-    except OSError as error:
-        raise InputError(f"adapter_dir: {weights} cannot be read ({error}); mend its permissions") from error
-    config = _adapter_config(folder)
-    processor = None
-    if isinstance(base_or_path, str | Path):
-        base_or_path, processor = load_backbone(str(base_or_path), dtype=dtype)
-    try:
-        model = peft.PeftModel.from_pretrained(base_or_path, folder, config=config)
-    except RuntimeError as error:  # how torch reports tensors of other shapes
-        why = " ".join(str(error).split())[:300]
-        raise InputError(f"adapter_dir: {weights} does not fit its adapter_config.json or the model ({why})") from error
-    expected = set(peft.get_peft_model_state_dict(model))
-    if saved != expected:
-        odd = sorted(saved ^ expected)[0]
-        raise InputError(
-            f"adapter_dir: {weights} does not fit its adapter_config.json (first difference: {odd}); "
-            "copy both from the same run"
-        )
-    if processor is not None:
-        model.processor = processor
-    return model.eval()
-
-
-def _adapter_config(folder: Path) -> DiveConfig:
-    try:
-        config = peft.PeftConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        file = folder / "adapter_config.json"
-        raise InputError(f"adapter_dir: {file} cannot be read ({error}); copy it again") from error
-    if not isinstance(config, DiveConfig):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise InputError(
-            f"adapter_dir: {folder} holds a {kind} adapter, not a steering adapter; load it with "
-            "peft.PeftModel.from_pretrained"
-        )
-    config.inference_mode = True
-    return config
-
-
-def _model_and_processor(model_or_path, processor, steering: DiveConfig | None):
-    model = model_or_path
-    if isinstance(model, str | Path):
-        model, loaded = load_backbone(str(model))
-        processor = processor or loaded
-    if processor is None:
-        raise InputError("processor: a model object comes without one; give its processor or fast tokenizer")
-    if isinstance(model, peft.PeftModel):
-        if steering is not None:
-            raise InputError("steering: the model already carries adapters; leave steering out, or pass the base model")
-        if not isinstance(model.active_peft_config, DiveConfig):
-            raise InputError("model: its active adapter is not a steering adapter (DiveConfig)")
-        return model, processor
-    return peft.get_peft_model(model, steering or DiveConfig()), processor
-
-
 def _setup(model, records, supervision: Supervision, teacher: Teacher | None, runner, arguments) -> dict:
     """What two runs must share for one to continue the other."""
     digest = hashlib.sha256()
@@ -246,12 +175,10 @@ def _setup(model, records, supervision: Supervision, teacher: Teacher | None, ru
     named["tagger"] = tagger if isinstance(tagger, str) else getattr(tagger, "__qualname__", type(tagger).__name__)
     # The weights, not where they lie here or what they run on.
     named["tagger_options"] = supervision.tagger_fingerprint
-    config = model.active_peft_config.to_dict()
-    steering = {f.name: config[f.name] for f in dataclasses.fields(DiveConfig) if f.name in DiveConfig.__annotations__}
     kept = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "weight_decay")
     kept += ("warmup_steps", "gradient_accumulation_steps", "max_grad_norm", "optim", "bf16", "fp16")
     return {
-        "steering": steering,
+        "steering": adapter_settings(model.active_peft_config),
         "supervision": named,
         "teacher": None
         if teacher is None
@@ -335,6 +262,8 @@ def _run(trainer: DiveTrainer, output_dir: Path, checkpoint: Path | None) -> Tra
         if _stopping.is_set():
             raise TrainingInterrupted(checkpoints.newest_complete(output_dir))
         metrics = dict(outcome.metrics)
+        if trainer.step_timer.steps:
+            metrics["seconds_per_step"] = trainer.step_timer.seconds / trainer.step_timer.steps
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
     model = trainer.accelerator.unwrap_model(trainer.model).eval()

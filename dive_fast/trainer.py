@@ -4,6 +4,7 @@ N response tokens of a batch, D hidden size, L layers.
 """
 
 import shutil
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import islice
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from dive_fast import checkpoints, eval_reports, ops, sharding
 from dive_fast.data.collator import IGNORED, ReportCollator
@@ -27,7 +28,7 @@ from dive_fast.supervision.teacher import TeacherRunner, TeacherTargets, disagre
 
 
 class DiveTrainer(Trainer):
-    """Trains the steering adapters of a PEFT model on records.
+    """Trains the adapters of a PEFT model, steering or others, on records.
 
     Losses are sums over the tokens of the whole step divided by that step's totals, so neither gradient accumulation
     nor the number of processes changes a step.
@@ -84,11 +85,14 @@ class DiveTrainer(Trainer):
         base = model.get_base_model()
         self.head, self.softcap = lm_head_of(base), logit_softcap_of(base)
         self.prompt_store = PromptStore(getattr(args, "prompt_cache_bytes", 0))
+        self.step_timer = StepTimer()
+        self.add_callback(self.step_timer)
 
     # -- the loss ----------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one step and their totals: (sum of token weights, number of response tokens)."""
+        self.step_timer.start()
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
@@ -228,6 +232,25 @@ class DiveTrainer(Trainer):
             checkpoints.rotate(folder.parent, keep, self.state.best_model_checkpoint)
 
 
+class StepTimer(TrainerCallback):
+    """Times whole steps, from asking for their records to the updated weights: no saving, evaluating or starting up.
+
+    Attributes:
+        steps, seconds: of this process, so a resumed run counts what it did itself.
+    """
+
+    def __init__(self):
+        self.steps, self.seconds, self._begin = 0, 0.0, None
+
+    def start(self) -> None:
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - self._begin
+
+
 def _steers_responses_alone(model) -> bool:
-    """Whether prompts belong to the frozen model, so that they need no gradient."""
-    return all(model.peft_config[name].scope == "response" for name in model.active_adapters)
+    """Whether prompts belong to the frozen model, so that they need no gradient; PEFT's own methods adapt them too."""
+    return all(getattr(model.peft_config[name], "scope", None) == "response" for name in model.active_adapters)

@@ -94,7 +94,7 @@ def test_help_and_version(capsys):
     assert capsys.readouterr().out == f"dive-fast {dive_fast.__version__}\n"
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("train", "generate", "evaluate", "tag", "demo", "report", "doctor"):
+    for command in ("train", "generate", "evaluate", "experiment", "tag", "demo", "report", "doctor"):
         assert cli.main([command, "--help"]) == 0
         own = capsys.readouterr().out
         assert f"    {command} " in shown and "Examples:\n" in own

@@ -55,8 +55,14 @@ ALLOWED = {
     "doctor": {"native"},
     "config": LOWER | UPPER,
     "report": LOWER | UPPER,
-    "demo": LOWER | UPPER | {"report", "doctor", "config"},
-    "cli": LOWER | UPPER | {"report", "doctor", "config", "demo", "inspect_data", "predictions", "distributed"},
+    # what demo and experiment measure of a system alike
+    "measurements": LOWER | UPPER,
+    "demo": LOWER | UPPER | {"measurements", "report", "doctor", "config"},
+    # its own rows are files of their own (`shards` compares settings), each seeded like those of `generate`
+    "experiment": LOWER | UPPER | {"measurements", "report", "doctor", "config", "predictions", "shards"},
+    "cli": LOWER
+    | UPPER
+    | {"report", "doctor", "config", "demo", "inspect_data", "predictions", "distributed", "experiment"},
     "__main__": {"cli"},
     "__init__": LOWER | UPPER | {"lazy"},
 }
@@ -66,6 +72,7 @@ ALLOWED_LAZILY = {"metrics": {"supervision.lexicon"}}
 
 # Modules and folders that belong to the room beside them.
 PART_OF = {
+    "adapters": "train",
     "arguments": "train",
     "checkpoints": "train",
     "eval_reports": "train",
@@ -73,6 +80,7 @@ PART_OF = {
     "report_assets": "report",
     "cli_commands": "cli",
     "cli_data": "cli",
+    "cli_experiment": "cli",
     "cli_files": "cli",
     "config_values": "config",
     "config_yaml": "config",

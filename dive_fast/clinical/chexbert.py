@@ -7,7 +7,7 @@ Layout of the published `chexbert.pth`, preprocessing and truncation after the p
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +69,10 @@ class ChexbertSettings:
     def build(self) -> Labeler:
         """The labeler with its model; raises InputError where its files are missing or do not fit."""
         return self.labeler or ChexbertLabeler(self.weights, self.tokenizer, self.device, self.batch_size)
+
+    def loaded(self) -> "ChexbertSettings":
+        """The same with a labeler that all calls share, so that its model stays in memory."""
+        return replace(self, labeler=self.build())
 
 
 class ChexbertModel(nn.Module):

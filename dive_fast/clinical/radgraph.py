@@ -15,7 +15,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dive_fast.clinical import weights as weights_files
@@ -81,6 +81,10 @@ class RadGraphSettings:
             InputError: radgraph is not installed, or the weights are not there.
         """
         return self.annotator or RadGraphAnnotator(self)
+
+    def loaded(self) -> "RadGraphSettings":
+        """The same with an annotator that all calls share, so that its model and what it has read stay in memory."""
+        return replace(self, annotator=self.build())
 
 
 class RadGraphAnnotator:

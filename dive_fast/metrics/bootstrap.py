@@ -2,6 +2,12 @@
 
 The drawn documents depend on (n, bootstrap, seed) alone, so every metric and every system scored on the same n
 documents sees the same resamples: differences between systems are paired.
+
+Where every system was run with the same S seeds, documents and seeds are crossed, and both are drawn: in each resample
+the documents once for all systems and seeds, and S of the seeds once for all systems, independently of one another (the
+pigeonhole bootstrap: Owen, Annals of Applied Statistics 1(2), 2007). Its intervals cover both choices. It errs on the
+wide side for the interaction of the two, and on the narrow side for the seeds where these are few, by sqrt((S - 1) / S)
+of their own standard error.
 """
 
 import numpy as np
@@ -33,6 +39,11 @@ def resampled_sums(statistics: np.ndarray, bootstrap: int, seed: int) -> np.ndar
         counts = np.bincount((drawn + n * np.arange(rows)[:, None]).ravel(), minlength=rows * n).reshape(rows, n)
         sums[first : first + rows] = counts.astype(np.float64) @ statistics
     return sums
+
+
+def resampled_seeds(count: int, bootstrap: int, seed: int) -> np.ndarray:
+    """[B, count] indices of runs, drawn with replacement and independently of the documents of `resampled_sums`."""
+    return np.random.default_rng([seed, 1]).integers(0, count, size=(bootstrap, count))
 
 
 def percentile_interval(distribution: np.ndarray) -> tuple[float, float]:

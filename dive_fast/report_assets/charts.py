@@ -36,7 +36,7 @@ def styles(systems: Sequence[dict]) -> list[Style]:
         elif system is best:
             looks.append(Style("c-0", "disc", ""))
         else:
-            looks.append(Style(f"c-{adapters % 6}", "disc", DASHES[adapters % len(DASHES)]))
+            looks.append(Style(f"c-{1 + (adapters - 1) % 5}", "disc", DASHES[adapters % len(DASHES)]))
             adapters += 1
     return looks
 

@@ -31,6 +31,21 @@ COLUMNS = (
 )
 
 
+FURTHER_COLUMNS = (
+    Column("nll", "Nats per token", "", 3, lower_is_better=True),
+    Column("bleu_2", "BLEU-2", "", 3),
+    Column("bleu_3", "BLEU-3", "", 3),
+    Column("decisive_precision", "Decisive precision", "", 3),
+    Column("decisive_recall", "Decisive recall", "", 3),
+    Column("radgraph_simple", "RadGraph simple", "", 3),
+    Column("radgraph_complete", "RadGraph complete", "", 3),
+    Column("chexbert_macro_f1_14", "CheXbert macro", "", 3),
+    Column("chexbert_micro_f1_5", "CheXbert micro 5", "", 3),
+    Column("chexbert_macro_f1_5", "CheXbert macro 5", "", 3),
+)
+"""What a table may show beside `COLUMNS`."""
+
+
 class Measure(NamedTuple):
     value: float
     interval: tuple[float, float] | None
@@ -55,6 +70,25 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def difference(system: Mapping, key: str) -> tuple[Measure, bool] | None:
+    """A system's score minus the reference's, and whether its interval leaves out 0; None where it is not known."""
+    found = (system.get("differences") or {}).get(key) or {}
+    value, interval = found.get("difference"), found.get("interval")
+    if not _finite(value):
+        return None
+    usable = isinstance(interval, Sequence) and len(interval) == 2 and all(map(_finite, interval))
+    bounds = (float(interval[0]), float(interval[1])) if usable else None
+    return Measure(float(value), bounds), bool(found.get("clear")) and usable
+
+
+def show_signed(value: float, column: Column) -> str:
+    """A difference with its sign (a true minus, as wide as the plus); what rounds to nothing has none."""
+    text = show(abs(value), column)
+    if not any(digit in text for digit in "123456789"):
+        return text
+    return f"{'−' if value < 0 else '+'}{text}"
+
+
 def show(value: float, column: Column) -> str:
     """A score with the digits of its column; large perplexities lose theirs."""
     if column.percent:
@@ -74,6 +108,13 @@ def count(value: Any) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:g}"
+
+
+def size(value: Any) -> str:
+    """Bytes for people: 1.53 GB, 412 MB."""
+    if not _finite(value):
+        return "–"
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
 def seconds(value: Any, *, short: bool = False) -> str:
@@ -100,17 +141,31 @@ def _lowest(systems: Sequence[Mapping]) -> Mapping | None:
     return min(measured, key=lambda system: measure(system, "perplexity").value, default=None)
 
 
+def subject(result: Mapping) -> Mapping | None:
+    """The adapter that a page is about: the one that others are compared with, else the best."""
+    named = [system for system in result["systems"] if system.get("name") == result.get("compare_with")]
+    if named and named[0].get("role") == "adapter" and measure(named[0], "perplexity"):
+        return named[0]
+    return best_adapter(result)
+
+
 def finding(result: Mapping) -> str:
-    """The result in one sentence, computed from the perplexities: best adapter against baseline and teacher."""
+    """The result in words, computed from the perplexities: an adapter against baseline and teacher.
+
+    Where systems were compared in pairs, that decides what differs, and adapters that are clearly better are named.
+    """
     systems = result["systems"]
-    roles = ("adapter", "baseline", "teacher")
-    lowest = {role: _lowest([system for system in systems if system.get("role") == role]) for role in roles}
-    system = lowest["adapter"]
-    if system is None:
+    lowest = {
+        role: _lowest([s for s in systems if s.get("role") == role]) for role in ("adapter", "baseline", "teacher")
+    }
+    if lowest["adapter"] is None:
         first = _lowest(systems)
         if first is None:
             return "No perplexity was measured."
         return f"{label_of(first)} has the lowest perplexity, {_perplexity(first)}."
+    system = subject(result)
+    if system.get("name") != result.get("compare_with"):  # what others were compared with is none of them
+        lowest = {role: other and {**other, "differences": None} for role, other in lowest.items()}
     ours = measure(system, "perplexity")
     baseline = measure(lowest["baseline"] or {}, "perplexity")
     sentence = f"{label_of(system)} reaches a perplexity of {_perplexity(system)}"
@@ -119,7 +174,18 @@ def finding(result: Mapping) -> str:
     if lowest["teacher"]:
         sentence += _against_teacher(ours, lowest["teacher"], baseline)
     trained = system.get("trainable_parameters")
-    return sentence + (f", with {count(trained)} trained parameters." if trained else ".")
+    return sentence + (f", with {count(trained)} trained parameters." if trained else ".") + _better(result, system)
+
+
+def _better(result: Mapping, system: Mapping) -> str:
+    """A sentence on the adapters that are clearly below `system`, which they were compared with."""
+    if system.get("name") != result.get("compare_with"):
+        return ""
+    others = [s for s in result["systems"] if s.get("role") == "adapter" and difference(s, "perplexity")]
+    better = [s for s in others if (found := difference(s, "perplexity"))[1] and found[0].value < 0]
+    if better:
+        return " Clearly lower: " + ", ".join(f"{label_of(s)} ({_perplexity(s)})" for s in better) + "."
+    return " No other adapter is clearly lower." if others else ""
 
 
 def _perplexity(system: Mapping) -> str:
@@ -128,16 +194,18 @@ def _perplexity(system: Mapping) -> str:
 
 def _against_baseline(ours: Measure, system: Mapping, base: Measure) -> str:
     text = f"{_perplexity(system)} of {label_of(system)}"
-    if _overlap(ours, base):
-        return f", not clearly different from the {text} (the intervals overlap)"
+    if _level(ours, system, base):
+        why = "the paired interval includes 0" if difference(system, "perplexity") else "the intervals overlap"
+        return f", not clearly different from the {text} ({why})"
     return f", down from the {text}" if ours.value < base.value else f", worse than the {text}"
 
 
 def _against_teacher(ours: Measure, system: Mapping, base: Measure | None) -> str:
     teacher = measure(system, "perplexity")
     text = f"the {_perplexity(system)} of {label_of(system)}"
-    if _overlap(ours, teacher):
-        return f" and level with {text} within the intervals"
+    if _level(ours, system, teacher):
+        paired = "in the paired comparison" if difference(system, "perplexity") else "within the intervals"
+        return f" and level with {text} {paired}"
     if ours.value < teacher.value:
         return f" and below {text}"
     if base is not None and teacher.value < ours.value < base.value:
@@ -146,15 +214,19 @@ def _against_teacher(ours: Measure, system: Mapping, base: Measure | None) -> st
     return f" and above {text}"
 
 
-def _overlap(first: Measure, second: Measure) -> bool:
-    if first.interval is None or second.interval is None:
+def _level(ours: Measure, system: Mapping, theirs: Measure) -> bool:
+    """Whether the two are not clearly different: by their paired difference, else by their intervals."""
+    paired = difference(system, "perplexity")
+    if paired is not None:
+        return not paired[1]
+    if ours.interval is None or theirs.interval is None:
         return False
-    return first.interval[0] <= second.interval[1] and second.interval[0] <= first.interval[1]
+    return ours.interval[0] <= theirs.interval[1] and theirs.interval[0] <= ours.interval[1]
 
 
-def present_columns(systems: Sequence[Mapping]) -> list[Column]:
+def present_columns(systems: Sequence[Mapping], columns: Sequence[Column] = COLUMNS) -> list[Column]:
     """The columns that at least one system has a value for."""
-    return [column for column in COLUMNS if any(measure(system, column.key) for system in systems)]
+    return [column for column in columns if any(measure(system, column.key) for system in systems)]
 
 
 def best_value(systems: Sequence[Mapping], column: Column) -> float | None:

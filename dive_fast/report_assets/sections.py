@@ -8,14 +8,17 @@ from dive_fast.report_assets import charts
 from dive_fast.report_assets.numbers import (
     COLUMNS,
     Column,
-    best_adapter,
     best_value,
     count,
+    difference,
     label_of,
     measure,
     present_columns,
     seconds,
     show,
+    show_signed,
+    size,
+    subject,
 )
 
 Highlight = Callable[[str], tuple[str, frozenset]]
@@ -32,6 +35,8 @@ def summary(result: Mapping, finding: str) -> str:
     if data.get("name"):
         facts.append(f"data {escape(str(data['name']))}")
     facts += [f"{_plain(data[key])} {words}" for key, words in _DATA_WORDS if data.get(key) is not None]
+    if len(result.get("seeds") or ()) > 1:
+        facts.append(f"means over {len(result['seeds'])} seeds")
     if result.get("protocol"):
         facts.append(f"scores by the {escape(str(result['protocol']))} protocol")
     if result.get("created"):
@@ -51,8 +56,8 @@ def _plain(value: Any) -> str:
 
 
 def key_figures(result: Mapping) -> str:
-    """The best adapter's figures beside the baseline's."""
-    system = best_adapter(result)
+    """The figures of the adapter that the page is about, beside the baseline's."""
+    system = subject(result)
     if system is None:
         return ""
     baseline = next((other for other in result["systems"] if other.get("role") == "baseline"), None)
@@ -87,11 +92,49 @@ def score_tables(result: Mapping) -> str:
         caption = f"Held-out reports whose text never occurs in training{size}"
         body += _table(systems, unseen, caption)
     body += _cost_table(systems)
+    over = " over the choice of reports and seeds" if len(result.get("seeds") or ()) > 1 else ""
     lead = (
-        "Small print under a score is its 95 % bootstrap interval. ↑ more is better, ↓ less is better; "
+        f"Small print under a score is its 95 % bootstrap interval{over}. ↑ more is better, ↓ less is better; "
         "the best value of a column is bold."
     )
     return section("scores", "Scores", body, lead)
+
+
+def differences(result: Mapping) -> str:
+    """Every system's scores minus the reference's, with paired intervals; "" where nothing was compared."""
+    systems = [system for system in result["systems"] if system.get("differences")]
+    if not systems:
+        return ""
+    known = {str(system.get("name")): label_of(system) for system in result["systems"]}
+    reference = known.get(str(result.get("compare_with")), str(result.get("compare_with")))
+    looks = dict(zip(map(id, result["systems"]), charts.styles(result["systems"]), strict=True))
+    body = _difference_table(systems, systems, looks, "All held-out reports")
+    unseen = [system.get("unseen") or {} for system in systems]
+    if any(part.get("differences") for part in unseen):
+        body += _difference_table(systems, unseen, looks, "Held-out reports whose text never occurs in training")
+    lead = (
+        f"Each system minus {escape(reference)}, on the same resampled reports and seeds; bold where the 95 % interval "
+        "leaves out 0. With many comparisons some do by chance."
+    )
+    return section("differences", f"Differences to {escape(reference)}", body, lead)
+
+
+def _difference_table(systems: Sequence[Mapping], parts: Sequence[Mapping], looks: Mapping, caption: str) -> str:
+    columns = [column for column in COLUMNS if any(difference(part, column.key) for part in parts)]
+    head = "".join(f'<th scope="col">{column.label}&nbsp;{_arrow(column)}</th>' for column in columns)
+    rows = ["".join(_difference_cell(part, column) for column in columns) for part in parts]
+    return _rows(systems, caption, head, rows, [looks[id(system)] for system in systems])
+
+
+def _difference_cell(part: Mapping, column: Column) -> str:
+    found = difference(part, column.key)
+    if found is None:
+        return "<td>–</td>"
+    (value, interval), clear = found
+    text = f"<b>{show_signed(value, column)}</b>" if clear else show_signed(value, column)
+    if interval:
+        text += f"<small>{show_signed(interval[0], column)} … {show_signed(interval[1], column)}</small>"
+    return f"<td>{text}</td>"
 
 
 def _table(systems: Sequence[Mapping], parts: Sequence[Mapping], caption: str) -> str:
@@ -103,23 +146,52 @@ def _table(systems: Sequence[Mapping], parts: Sequence[Mapping], caption: str) -
 
 
 def _cost_table(systems: Sequence[Mapping]) -> str:
+    measured = any(system.get("costs") for system in systems)
+    names = ["Trained parameters", "Training", "Generation"]
+    if measured:
+        names = [
+            "Trained parameters",
+            "Teacher",
+            "Training",
+            "Memory, training",
+            "Generation",
+            "Tokens/s",
+            "Memory, writing",
+        ]
     head = '<th scope="col" class="words">What it is</th>'
-    head += "".join(f'<th scope="col">{name}</th>' for name in ("Trained parameters", "Training", "Generation"))
+    head += "".join(f'<th scope="col">{name}</th>' for name in names)
     rows = []
     for system in systems:
         wrote = seconds(system.get("generate_seconds"))
         if system.get("generate_seconds") is not None and system.get("engine"):
             wrote += f" ({escape(str(system['engine']))})"
-        spent = (seconds(system.get("train_seconds")), wrote)
+        trained = seconds(system.get("train_seconds"))
+        spent = _measured_costs(system, trained, wrote) if measured else (trained, wrote)
         cells = "".join(f"<td>{text}</td>" for text in (count(system.get("trainable_parameters")), *spent))
         rows.append(f'<td class="words">{escape(str(system.get("description") or ""))}</td>{cells}')
     return _rows(systems, "The systems and what they cost", head, rows)
 
 
-def _rows(systems: Sequence[Mapping], caption: str, head: str, cells: Sequence[str]) -> str:
+def _measured_costs(system: Mapping, trained: str, wrote: str) -> tuple[str, ...]:
+    costs = system.get("costs") or {}
+    teacher = "in training" if costs.get("teacher_in_training") else seconds(costs.get("teacher_seconds"))
+    speed = costs.get("tokens_per_second")
+    return (
+        *(teacher, trained, size(costs.get("train_peak_bytes")), wrote),
+        *("–" if speed is None else f"{speed:,.0f}", size(costs.get("write_peak_bytes"))),
+    )
+
+
+def _rows(
+    systems: Sequence[Mapping],
+    caption: str,
+    head: str,
+    cells: Sequence[str],
+    looks: Sequence[charts.Style] | None = None,
+) -> str:
     rows = [
         f'<tr><th scope="row">{_key(style)}{escape(label_of(system))}</th>{row}</tr>'
-        for system, style, row in zip(systems, charts.styles(systems), cells, strict=True)
+        for system, style, row in zip(systems, looks or charts.styles(systems), cells, strict=True)
     ]
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}, table"><table>'

@@ -87,7 +87,7 @@ class TeacherRunner:
     once: a report then costs its own prompt and itself.
 
     Args:
-        model: the frozen model, with or without steering adapters (they are off in here).
+        model: the frozen model, with or without adapters (they are off in here).
         encoder: of the model.
         pool: where demonstrations come from.
         layers, disagreement: whether targets hold them.
@@ -233,14 +233,20 @@ def _statistics(tensors: dict[str, torch.Tensor]) -> ops.TeacherStatistics | Non
 
 @contextmanager
 def without_steering(model: nn.Module):
-    """The base model inside `model`, in eval mode."""
+    """The base model inside `model`, whatever PEFT method adapts it, in eval mode."""
     training = model.training
     model.eval()
     try:
-        with model.base_model.unsteered() if hasattr(model, "peft_config") else nullcontext():
+        with _adapters_off(model):
             yield
     finally:
         model.train(training)
+
+
+def _adapters_off(model: nn.Module):
+    if not hasattr(model, "peft_config"):
+        return nullcontext()
+    return model.base_model.unsteered() if hasattr(model.base_model, "unsteered") else model.disable_adapter()
 
 
 def disagreement_weights(disagreement: torch.Tensor, fraction: float, weight: float) -> torch.Tensor:

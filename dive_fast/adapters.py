@@ -1,0 +1,169 @@
+"""The adapters that `train` fits and `load` reads: our steering, and PEFT's own methods as baselines to it."""
+
+import json
+from pathlib import Path
+
+import peft
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from dive_fast.errors import InputError
+from dive_fast.models.backbone import load_backbone
+from dive_fast.steering import DiveConfig
+
+# What PEFT notes in every configuration about where it was made and what it is used for now.
+_BOOKKEEPING = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "task_type"}
+
+
+def adapted(model_or_path, processor, steering: peft.PeftConfig | None) -> tuple[peft.PeftModel, object]:
+    """(the PEFT model to train, its processor): a model with adapters as it is, any other with a fresh one.
+
+    Raises:
+        InputError: no processor, adapters and a configuration at once, an adapter that cannot be trained here.
+    """
+    model = model_or_path
+    if isinstance(model, str | Path):
+        model, loaded = load_backbone(str(model))
+        processor = processor or loaded
+    if processor is None:
+        raise InputError("processor: a model object comes without one; give its processor or fast tokenizer")
+    if isinstance(model, peft.PeftModel):
+        if steering is not None:
+            raise InputError("steering: the model already carries adapters; leave steering out, or pass the base model")
+        _refuse_unfit(model.active_peft_config, "model")
+        _refuse_adapted_head(model)
+    else:
+        model = with_adapter(model, steering or DiveConfig())
+    return model, processor
+
+
+def with_adapter(base: nn.Module, config: peft.PeftConfig) -> peft.PeftModel:
+    """`base` with a fresh adapter to train.
+
+    Raises:
+        InputError: PEFT refuses the configuration, or the loss could not be right with it.
+    """
+    _refuse_unfit(config, "steering")
+    try:
+        model = peft.get_peft_model(base, config)
+    except InputError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        # PEFT's own refusals: modules that are not there, a rank of 0, a package that is missing
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"steering: PEFT refuses this {_method(config)} configuration ({why}); mend it") from error
+    try:
+        _refuse_adapted_head(model)
+    except InputError:
+        model.unload()
+        raise
+    return model
+
+
+def _method(config: peft.PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _refuse_unfit(config: peft.PeftConfig, argument: str) -> None:
+    """The loss reads the decoder's last states at the tokens' own positions; the frozen head multiplies them."""
+    if isinstance(config, DiveConfig):
+        return
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise InputError(
+            f"{argument}: {_method(config)} puts tokens of its own in front of the prompt, and the loss would read its "
+            "states at the wrong places; take a method that adapts layers, such as LoRA"
+        )
+    if isinstance(config, peft.AdaLoraConfig):
+        raise InputError(f"{argument}: ADALORA changes its ranks from outside between steps, which nothing here does")
+    if getattr(config, "bias", "none") != "none":
+        raise InputError(f"{argument}: bias={config.bias!r} trains the frozen model's own biases; leave it at 'none'")
+
+
+def _refuse_adapted_head(model: peft.PeftModel) -> None:
+    head = model.get_base_model().get_output_embeddings()
+    if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        raise InputError(
+            "steering: it adapts the head (lm_head), which the loss reads as frozen; leave it out of target_modules "
+            "and modules_to_save"
+        )
+
+
+def adapter_settings(config: peft.PeftConfig) -> dict:
+    """What makes two adapters the same kind of adapter, as JSON values."""
+    values = config.to_dict()
+    if isinstance(config, DiveConfig):
+        return {name: value for name, value in values.items() if name in DiveConfig.__annotations__}
+    plain = json.loads(
+        json.dumps(values, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    )
+    return {name: value for name, value in plain.items() if name not in _BOOKKEEPING}
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Numbers that training changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def load(base_or_path, adapter_dir, *, dtype=None) -> peft.PeftModel:
+    """The base model with a trained adapter, in eval mode.
+
+    Args:
+        base_or_path: a transformers model, or a name as in `train`; with a name the PEFT model carries the processor
+            as `model.processor`, where `generate` finds it.
+        adapter_dir: what `train` wrote.
+        dtype: of a model loaded by name.
+
+    Raises:
+        InputError: no adapter there, one that is cut short, one for another base model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(adapter_dir)
+    weights = folder / "adapter_model.safetensors"
+    for file in (folder / "adapter_config.json", weights):
+        if not file.is_file():
+            raise InputError(f"adapter_dir: {folder} holds no adapter, {file.name} is missing")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            saved = set(file.keys())
+    except SafetensorError as error:
+        raise InputError(f"adapter_dir: {weights} is damaged or cut short ({error}); copy it again") from error
+    except OSError as error:
+        raise InputError(f"adapter_dir: {weights} cannot be read ({error}); mend its permissions") from error
+    config = _stored_config(folder)
+    processor = None
+    if isinstance(base_or_path, str | Path):
+        base_or_path, processor = load_backbone(str(base_or_path), dtype=dtype)
+    try:
+        model = peft.PeftModel.from_pretrained(base_or_path, folder, config=config)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError) as error:  # how torch reports tensors of other shapes, and PEFT missing modules
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"adapter_dir: {weights} does not fit its adapter_config.json or the model ({why})") from error
+    expected = set(peft.get_peft_model_state_dict(model))
+    if saved != expected:
+        odd = sorted(saved ^ expected)[0]
+        raise InputError(
+            f"adapter_dir: {weights} does not fit its adapter_config.json (first difference: {odd}); "
+            "copy both from the same run"
+        )
+    if processor is not None:
+        model.processor = processor
+    return model.eval()
+
+
+def _stored_config(folder: Path) -> peft.PeftConfig:
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        file = folder / "adapter_config.json"
+        raise InputError(f"adapter_dir: {file} cannot be read ({error}); copy it again") from error
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise InputError(
+            f"adapter_dir: {folder} holds a {_method(config)} adapter, which puts tokens in front of the prompt; load "
+            "it with peft.PeftModel.from_pretrained"
+        )
+    config.inference_mode = True
+    return config
