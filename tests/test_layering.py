@@ -54,8 +54,12 @@ ALLOWED = {
     "doctor": {"native"},
     "config": LOWER | UPPER,
     "report": LOWER | UPPER,
+    # reads results files alone; the page looks like the other one
+    "bench": {"report"},
     "demo": LOWER | UPPER | {"report", "doctor", "config"},
-    "cli": LOWER | UPPER | {"report", "doctor", "config", "demo", "inspect_data", "predictions", "distributed"},
+    "cli": LOWER
+    | UPPER
+    | {"bench", "report", "doctor", "config", "demo", "inspect_data", "predictions", "distributed"},
     "__main__": {"cli"},
     "__init__": LOWER | UPPER | {"lazy"},
 }
@@ -70,6 +74,7 @@ PART_OF = {
     "eval_reports": "train",
     "trainer": "train",
     "report_assets": "report",
+    "cli_bench": "cli",
     "cli_commands": "cli",
     "cli_data": "cli",
     "cli_files": "cli",
