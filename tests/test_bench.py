@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bench_records import content, ratio, record, seconds
+from report_example import example_result
 
 from dive_fast import cli
 from dive_fast.bench import fits
@@ -281,6 +283,17 @@ def test_a_marked_table_is_filled_and_stays():
 def test_a_wrong_marker_is_named_with_its_line(text, complaint):
     with pytest.raises(InputError, match=complaint):
         filled(text, "README.md", lambda path: content(record("r")))
+
+
+def test_tables_of_scores_come_from_the_demo_and_from_experiments():
+    text = "".join(f"<!-- table: {name} r.json -->\n<!-- /table -->\n" for name in ("demo", "quality", "demo-terminal"))
+    result = example_result() | {"compare_with": "lowrank", "seeds": [0, 1, 2]}
+    made = filled(text, "README.md", lambda path: result)
+    scores, quality, terminal = re.findall(r"-->\n\n(.*?)\n\n<!-- /table", made, re.S)
+    assert "| **DIVE low-rank** | 10.1 (9.4 to 10.8) |" in scores and "| 571 k | 188 s |" in scores
+    assert "| **DIVE low-rank** | 10.1 (9.4 to 10.8) | 0.108 (0.097 to 0.119) |" in quality
+    assert "Means over 3 seeds on 64 held-out reports" in quality
+    assert all(line.startswith("    ") or not line for line in terminal.splitlines()) and "Zero-shot" in terminal
 
 
 def test_the_readme_is_up_to_date_with_the_results():

@@ -1,4 +1,4 @@
-"""The demo's scores as a README shows them, from the `result.json` that it writes."""
+"""Scores of the demo, and of experiments, as a README shows them: from the result files that they write."""
 
 import io
 from collections.abc import Mapping
@@ -24,8 +24,24 @@ def scores(result: Mapping) -> Table:
     return Table("Demo", columns, rows, strong=frozenset(ours), note=_note(result))
 
 
+def quality(result: Mapping) -> Table:
+    """One row a system of `dive-fast experiment`: every score with its interval over documents and seeds."""
+    rows = [
+        [label_of(system), *(_interval(system, key) for key in ("perplexity", *SHOWN))] for system in result["systems"]
+    ]
+    columns = ["", "perplexity", *(BY_KEY[key].label for key in SHOWN)]
+    ours = [i for i, system in enumerate(result["systems"]) if system.get("name") == result.get("compare_with")]
+    seeds, data = len(result.get("seeds") or [0]), result.get("data") or {}
+    note = (
+        f"Means over {seeds} seeds on {data.get('eval')} held-out reports; in brackets 95 % intervals over documents "
+        "and seeds."
+    )
+    return Table("Quality", columns, rows, strong=frozenset(ours), note=note)
+
+
 def _row(system: Mapping) -> list[str]:
-    cells = [_perplexity(system, interval=True), _perplexity(system.get("unseen") or {}, interval=False)]
+    unseen = measure(system.get("unseen") or {}, "perplexity")
+    cells = [_interval(system, "perplexity"), NONE if unseen is None else show(unseen.value, BY_KEY["perplexity"])]
     for key in SHOWN:
         found = measure(system, key)
         cells.append(NONE if found is None else show(found.value, BY_KEY[key]))
@@ -34,14 +50,14 @@ def _row(system: Mapping) -> list[str]:
     return [*cells, count(trained) if trained else "0", *(seconds(time, short=True) for time in times)]
 
 
-def _perplexity(system: Mapping, *, interval: bool) -> str:
-    found = measure(system, "perplexity")
+def _interval(system: Mapping, key: str) -> str:
+    found = measure(system, key)
     if found is None:
         return NONE
-    text = show(found.value, BY_KEY["perplexity"])
-    if not interval or found.interval is None:
+    text = show(found.value, BY_KEY[key])
+    if found.interval is None:
         return text
-    low, high = (show(end, BY_KEY["perplexity"]) for end in found.interval)
+    low, high = (show(end, BY_KEY[key]) for end in found.interval)
     return f"{text} ({low} to {high})"
 
 

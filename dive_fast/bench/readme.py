@@ -14,7 +14,7 @@ from dive_fast.bench.table import Table, markdown
 from dive_fast.errors import InputError
 from dive_fast.report import check_result
 
-# Name -> what makes it: of records of the suite, or of one result of the demo.
+# Name -> what makes it: of records of the suite, or of one result of the demo or an experiment.
 RECORD_TABLES: Mapping[str, Callable[[Sequence], Table | str]] = {
     "decode": readme_tables.decode,
     "decode-ratios": readme_tables.decode_ratios,
@@ -27,6 +27,7 @@ RECORD_TABLES: Mapping[str, Callable[[Sequence], Table | str]] = {
 DEMO_TABLES: Mapping[str, Callable[[Mapping], Table | str]] = {
     "demo": demo_tables.scores,
     "demo-terminal": demo_tables.terminal,
+    "quality": demo_tables.quality,
 }
 BEGIN = re.compile(r"^<!-- table:(.*?)-->[ \t]*\n", re.M)
 END = re.compile(r"^<!-- /table -->[ \t]*$", re.M)
