@@ -51,6 +51,8 @@ def _read(paths: Sequence[str]) -> list:
 
 def _report(args: Namespace) -> int:
     from dive_fast.bench.page import write_page
+    from dive_fast.bench.readme_tables import missed
+    from dive_fast.bench.results import newest
 
     results = _read(args.report)
     folder = Path(args.output or PAGE)
@@ -59,6 +61,7 @@ def _report(args: Namespace) -> int:
     files.check_place("--output", folder, folder)
     with files.writing("--output", folder):
         page = write_page(results, folder)
+    print(missed(newest(results)))
     print(f"Open {page} in a browser; {page.with_suffix('.md')} has the same tables, {folder / 'plots'} the plots.")
     return 0
 

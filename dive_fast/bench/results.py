@@ -182,6 +182,9 @@ def _record(values: Any, index: int, machine: Mapping, source: str) -> Record:
 
 def _check_intervals(values: Mapping, where: str) -> None:
     found = {key: values[key] for key in INTERVALS if key in values}
+    # The loss notes a plain number under that name.
+    if isinstance(values.get("share_of_floor"), Mapping):
+        found["share_of_floor"] = values["share_of_floor"]
     if "low" in values["seconds"]:
         found["seconds"] = values["seconds"]
     for key in NAMED_INTERVALS:

@@ -9,8 +9,8 @@ from dive_fast.errors import InputError
 
 FILES = ("conftest.py", "measure.py", "results.py")
 NEEDED = ("pytest", "pytest_benchmark", "pytest_timeout")
-# pytest's exit statuses: a test failed; interrupted; nothing was selected.
-FAILED, INTERRUPTED, NOTHING = 1, 2, 5
+FAILED = 1
+NOTHING = 5  # pytest's exit status where nothing was selected
 
 
 def find_suite() -> Path:
@@ -59,6 +59,4 @@ def run_suite(root: Path, output: Path, *, scale: str | None = None, chosen: str
             raise
     if status == NOTHING:
         raise InputError(f"-k: no benchmark matches {chosen!r}; `pytest benchmarks --collect-only -q` lists them")
-    if status == INTERRUPTED:
-        raise KeyboardInterrupt
     return FAILED if status else 0
