@@ -101,7 +101,7 @@ def machine_line(records: Iterable[Record]) -> str:
 def machine_text(machine: Mapping[str, str]) -> str:
     """One line: device, threads, versions and commit."""
     parts = [machine.get("gpu"), machine.get("processor")]
-    parts += [f"{machine['threads']} threads"] if "threads" in machine else []
+    parts += [f"{machine['threads']} thread{'s' * (machine['threads'] != '1')}"] if "threads" in machine else []
     parts += [f"{name} {machine[name]}" for name in ("torch", "transformers") if name in machine]
     commit = machine.get("commit", "")
     parts += [f"commit {commit[:9]}{' with changes' * commit.endswith('with changes')}"] if commit else []
@@ -181,7 +181,7 @@ def log_axes(axis, sizes: Sequence[float], *, y: bool = True) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_xscale("log")
-    axis.set_xticks(sizes, [f"{size:g}" if size < 10000 else f"{size / 1000:g}k" for size in sizes])
+    axis.set_xticks(sizes, [f"{size:g}" if size < 10000 else f"{size / 1000:.3g}k" for size in sizes])
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.xaxis.set_minor_locator(LogLocator(subs=()))
     if y:

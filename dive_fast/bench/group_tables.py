@@ -10,8 +10,6 @@ from dive_fast.bench.results import Interval, Record
 from dive_fast.bench.table import NONE, Table, digits, duration, faster, fixed, size, spread
 from dive_fast.bench.targets import Verdict
 
-Cells = Callable[[Record], Sequence[str] | Iterator[Sequence[str]]]
-
 
 class Group(NamedTuple):
     """How a group becomes a table.
