@@ -88,6 +88,11 @@ def keep_record(request):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    noise = results.content(config.stash[RECORDS], config.option.scale, machine.facts())["noise"]
+    if noise["records"]:
+        terminalreporter.section(f"noise: intervals wider than {noise['wider_than']:.0%} of the figure")
+        count = f"{len(noise['records'])} of {len(config.stash[RECORDS])} records"
+        terminalreporter.write_line(f"{count}: {', '.join(noise['records'])}")
     compared = [record for record in config.stash[RECORDS] if "ratios" in record]
     if not compared:
         return

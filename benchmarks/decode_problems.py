@@ -223,16 +223,16 @@ def _precise(model: torch.nn.Module, problem: Problem) -> torch.nn.Module:
     return model.float() if large else model.double()
 
 
-def check(decoding, approximate: bool, problem: Problem, steering: Steering) -> Errors:
-    """The errors of what is about to be timed; written so that NaN fails."""
+def check(decoding, approximate: bool, problem: Problem, steering: Steering, rows: int = CHECKED_ROWS) -> Errors:
+    """The errors of the first rows of what is about to be timed; written so that NaN fails."""
     decoding.prepare()
     tokens = torch.tensor(decoding())
     assert tokens.shape == (problem.rows, problem.new_tokens), f"tokens {tuple(tokens.shape)}"
     forced = tokens[:, :CHECKED_TOKENS]
-    taken = forced[:CHECKED_ROWS]
+    taken = forced[:rows]
     model, names = make_model(problem, steering)
     exact = one_pass(_precise(copy.deepcopy(model), problem), names, problem, taken).double()
-    found = errors(decoding.logits(forced)[:CHECKED_ROWS], exact, taken)
+    found = errors(decoding.logits(forced)[:rows], exact, taken)
     if approximate:
         assert found.kl <= APPROXIMATE_TOLERANCE, f"wrong by {found.kl:.2g} nats"
     elif problem.dtype == torch.float32:

@@ -111,7 +111,7 @@ def timed(benchmark, function: Callable[[], object], device: str, scale: Scale) 
 
 
 class Ratio(NamedTuple):
-    """The median over rounds of one time divided by another, and a 95 % bootstrap interval of it."""
+    """The median over rounds, of one time divided by another unless said otherwise, and its 95 % bootstrap interval."""
 
     median: float
     low: float
@@ -122,9 +122,40 @@ class Ratio(NamedTuple):
 def ratio(numerators, denominators) -> Ratio:
     """Of times taken in turn: both of a round meet the same machine, so that its drift cancels in their quotient."""
     quotients = np.asarray(numerators, dtype=float) / np.asarray(denominators, dtype=float)
-    draws = np.random.default_rng(0).choice(quotients, (RESAMPLES, len(quotients)))
+    return median(quotients)
+
+
+def median(values) -> Ratio:
+    """The median of values, and its interval."""
+    values = np.asarray(values, dtype=float)
+    draws = np.random.default_rng(0).choice(values, (RESAMPLES, len(values)))
     low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
-    return Ratio(float(np.median(quotients)), float(low), float(high), len(quotients))
+    return Ratio(float(np.median(values)), float(low), float(high), len(values))
+
+
+def ratio_of_sums(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
+    """Sum : sum of times taken in turn, rounds drawn in pairs: for what is waited for as a whole."""
+    pairs = np.stack([np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)])
+    picked = np.random.default_rng(0).integers(pairs.shape[1], size=(RESAMPLES, pairs.shape[1]))
+    over, under = pairs[:, picked].sum(axis=-1)
+    low, high = np.quantile(over / under, (0.025, 0.975))
+    return Ratio(float(pairs[0].sum() / pairs[1].sum()), float(low), float(high), pairs.shape[1])
+
+
+class Turns(NamedTuple):
+    """Times that were taken in turn, round by round; empty where benchmarks are switched off.
+
+    Attributes:
+        own: of the function that pytest-benchmark's fixture has.
+        others: name -> of the others.
+    """
+
+    own: Sequence[float]
+    others: Mapping[str, Sequence[float]]
+
+    def ratios(self) -> dict[str, Ratio]:
+        """Name -> time of the function : time of the other one."""
+        return {name: ratio(self.own, taken) for name, taken in self.others.items() if self.own}
 
 
 def paired(
@@ -135,15 +166,28 @@ def paired(
     scale: Scale,
     pause: float = 0.0,
 ) -> dict[str, Ratio]:
-    """Runs the others and `function` in turn, A B C A B C ..., and compares round by round.
+    """`in_turn`, compared round by round: name -> time of `function` : time of the other one."""
+    return in_turn(benchmark, function, others, device, scale, pause).ratios()
+
+
+def in_turn(
+    benchmark,
+    function: Callable[[], object],
+    others: Mapping[str, Callable[[], object]],
+    device: str,
+    scale: Scale,
+    pause: float = 0.0,
+    wanted: int | None = None,
+) -> Turns:
+    """Runs the others and `function` in turn, A B C A B C ...
 
     Those that have a method `prepare` are prepared in front of every round, which is not timed. `pause` seconds pass
     before every call. pytest-benchmark's fixture gets the times of `function`.
 
-    Returns:
-        name -> time of `function` : time of the other one.
+    Args:
+        wanted: so many rounds, and no call before them; None: as `scale` says, behind one call of each.
     """
-    wanted = rounds([function, *others.values()], device, scale)
+    wanted = rounds([function, *others.values()], device, scale) if wanted is None else wanted
     times = {name: [] for name in others}
 
     def run_the_others():
@@ -154,10 +198,8 @@ def paired(
         flush(device)
 
     benchmark.pedantic(function, setup=run_the_others, rounds=wanted)
-    if benchmark.stats is None:
-        return {}
-    own = benchmark.stats.stats.data
-    return {name: ratio(own, taken[: len(own)]) for name, taken in times.items()}
+    own = [] if benchmark.stats is None else list(benchmark.stats.stats.data)
+    return Turns(own, {name: taken[: len(own)] for name, taken in times.items()})
 
 
 class Memory(NamedTuple):

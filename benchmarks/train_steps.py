@@ -99,7 +99,7 @@ class Step:
         model, encoder, records = load(problem)
         torch.manual_seed(0)
         self.loss, self.model, collate = prepare(model, encoder)
-        self.batch = _to(collate(records), problem.device)
+        self.batch = to_device(collate(records), problem.device)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
         self.parameters = sum(p.numel() for p in trained)
@@ -116,8 +116,8 @@ class Step:
         return (loss.detach(),)
 
 
-def _to(batch: dict, device: str) -> dict:
-    move = {torch.Tensor: lambda x: x.to(device), dict: lambda x: _to(x, device)}
+def to_device(batch: dict, device: str) -> dict:
+    move = {torch.Tensor: lambda x: x.to(device), dict: lambda x: to_device(x, device)}
     return {name: move.get(type(value), lambda x: x)(value) for name, value in batch.items()}
 
 

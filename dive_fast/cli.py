@@ -1,7 +1,7 @@
 """The `dive-fast` command. Only the parser lives here, so that --help answers at once; the work is in `cli_commands`.
 
-Exit codes: 0 success, 1 a bug (with its traceback) or a failed `doctor`, 2 wrong input (the message alone; also a path
-that may not be used), 130 Ctrl-C.
+Exit codes: 0 success, 1 a bug (with its traceback), a failed `doctor`, or a `bench` that failed or found something
+slower, 2 wrong input (the message alone; also a path that may not be used), 130 Ctrl-C.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-V", "--version", nargs=0, action=_Version, help="show the version and leave")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_data, _train, _generate, _evaluate, _experiment, _tag, _demo, _report, _doctor):
+    for add in (_data, _train, _generate, _evaluate, _experiment, _tag, _demo, _report, _bench, _doctor):
         add(commands)
     return parser
 
@@ -338,6 +338,33 @@ def _report(commands) -> None:
     )
     parser.add_argument("result", metavar="RESULT.json")
     parser.add_argument("--output", default="report.html", metavar="FILE", help="the page (default report.html)")
+
+
+def _bench(commands) -> None:
+    parser = _add(
+        commands,
+        "bench",
+        "measure, compare and picture this project's speed beside its peers",
+        "Run the benchmark suite of a checkout, or use what it wrote: results as a page with plots and tables, two\n"
+        "results compared (exit status 1 if something became slower), or a README's tables filled from results.",
+        "  dive-fast bench --scale smoke --output smoke.json\n"
+        "  dive-fast bench --scale laptop -k decode --output decode.json\n"
+        "  dive-fast bench --report decode.json loss.json --output bench-report\n"
+        "  dive-fast bench --compare before.json after.json\n"
+        "  dive-fast bench --readme README.md --check",
+    )
+    parser.set_defaults(run=_command("bench", "dive_fast.cli_bench"))
+    scales = ("smoke", "laptop", "gpu")
+    parser.add_argument("--scale", choices=scales, help="default: gpu where there is CUDA, else laptop")
+    parser.add_argument("-k", dest="chosen", metavar="EXPR", help="only these benchmarks, as pytest's -k")
+    use = parser.add_mutually_exclusive_group()
+    use.add_argument("--report", nargs="+", metavar="FILE", help="make a page of results files")
+    use.add_argument("--compare", nargs=2, metavar=("A", "B"), help="what changed from A to B")
+    use.add_argument("--readme", metavar="FILE", help="fill the tables of this Markdown file from the files they name")
+    parser.add_argument("--check", action="store_true", help="with --readme: change nothing, exit 1 if it differs")
+    parser.add_argument(
+        "--output", metavar="PATH", help="results file (bench-results.json), or folder of --report (bench-report)"
+    )
 
 
 def _doctor(commands) -> None:

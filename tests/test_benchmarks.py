@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,8 +16,13 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
 from benchmarks import loss_peers, measure  # noqa: E402
 from benchmarks.gpu_findings import NO_TIME  # noqa: E402
 from benchmarks.loss_problems import TOLERANCES, Problem, errors, prepare, step  # noqa: E402
+from dive_fast import cli  # noqa: E402
+from dive_fast.bench.group_tables import GROUPS  # noqa: E402
 from dive_fast.ops.linear_cross_entropy import spec  # noqa: E402
 
+# What shares its cores with others takes a multiple of the suite's minute.
+SUITE_SECONDS = 900
+pytestmark = pytest.mark.timeout(SUITE_SECONDS + 60)
 KINDS = {
     "mean": {"options": {"reduction": "mean"}, "weighted": False},
     "weighted": {"options": {"reduction": "mean"}},
@@ -30,26 +36,118 @@ def problem(kind: str, dtype: torch.dtype) -> Problem:
     return Problem(spec.Case(kind, 24, 16, 72, dtype, ignored=0.4, **KINDS[kind]), "cpu")
 
 
-def run_suite(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess:
     # Triton's interpreter is for tests; a benchmark measures compiled kernels.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SUITE_SECONDS)
 
 
-def test_the_suite_runs_at_smoke_scale(tmp_path):
-    results = tmp_path / "results.json"
-    chosen = "test_loss and cpu and float32 and mean and (reference or valid_rows or Liger) and not ratios"
-    outcome = run_suite("--scale", "smoke", "--results", str(results), "-k", chosen)
+def run_suite(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    command = (sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-p", "no:cacheprovider")
+    return run(*command, *arguments, **variables)
+
+
+class Smoke(NamedTuple):
+    """The whole suite at smoke scale, run once by its command."""
+
+    output: str
+    content: dict
+    path: Path
+
+    def of(self, group: str) -> list[dict]:
+        """Records of the group, or of those that have their problem behind its name."""
+        return [r for r in self.content["records"] if r["group"] == group or r["group"].startswith(f"{group} ")]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> Smoke:
+    path = tmp_path_factory.mktemp("smoke") / "results.json"
+    command = (sys.executable, "-m", "dive_fast.cli", "bench", "--scale", "smoke", "--output", str(path))
+    # A minute on one thread; on a busy machine OpenMP's spinning threads would make many of it.
+    outcome = run(*command, OMP_NUM_THREADS="1")
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    assert "Liger: " in outcome.stdout, "a skipped peer is named with its reason"
-    found = json.loads(results.read_text())
-    assert found["machine"]["torch build"] == torch.__version__
-    assert {record["implementation"] for record in found["records"]} == {"dive_fast reference", "eager valid rows"}
-    for record in found["records"]:
-        assert record["seconds"]["rounds"] >= 2 and record["seconds"]["median"] > 0
+    return Smoke(outcome.stdout, json.loads(path.read_text()), path)
+
+
+def test_the_whole_suite_runs_at_smoke_scale(smoke):
+    assert "Liger: " in smoke.output, "a skipped peer is named with its reason"
+    assert "A page of them: dive-fast bench --report" in smoke.output
+    assert smoke.content["machine"]["torch build"] == torch.__version__
+    assert smoke.content["machine"]["threads"] and smoke.content["machine"]["load before"]
+    groups = ("loss ratios", "steer-op", "train-step", "decode ratios", "decode steering", "decode kernels")
+    for group in (*groups, "end-to-end training", "end-to-end reports", "evaluate", "scaling"):
+        assert smoke.of(group), group
+    for record in smoke.content["records"]:
+        seconds = record["seconds"]
+        assert seconds["rounds"] >= 2 and 0 < seconds["low"] <= seconds["median"] <= seconds["high"], record["name"]
+        assert record["threads"] >= 1
+    noisy = {record["name"] for record in smoke.content["records"]} & set(smoke.content["noise"]["records"])
+    assert len(noisy) == len(smoke.content["noise"]["records"]) and smoke.content["noise"]["wider_than"] == 0.1
+
+
+def test_the_loss_is_measured(smoke):
+    found = {r["implementation"]: r for r in smoke.of("loss cpu-smoke-float32-T64-valid50%-mean")}
+    assert {"dive_fast reference", "dive_fast native", "eager valid rows", "torch.compile"} <= set(found)
+    for record in found.values():
         assert record["N"] == 32 and record["T"] == 64
         assert record["gflops_per_second"] == pytest.approx(record["flops"] / record["seconds"]["median"] / 1e9)
+
+
+def test_what_a_user_waits_for_is_measured(smoke):
+    (training,) = smoke.of("end-to-end training")
+    for name, system in training["systems"].items():
+        steps, seconds, losses = zip(*system["curve"], strict=True)
+        assert steps == (0, 3, 6, 9, 12) and seconds[0] == 0 and list(seconds) == sorted(seconds), name
+        assert losses[-1] < losses[0] and system["final_loss"] == losses[-1]
+        below = [i for i, loss in enumerate(losses) if loss < training["threshold"]]
+        assert system["reached"] == bool(below)
+        assert (system["steps"], system["seconds"]) == ((steps[below[0]], seconds[below[0]]) if below else (None, None))
+    starts = [system["curve"][0][2] for system in training["systems"].values()]
+    assert max(starts) == pytest.approx(min(starts), rel=1e-4)
+    assert training["systems"]["dive_fast scope all"]["reached"]
+    for record in smoke.of("end-to-end reports"):
+        for name, system in record["systems"].items():
+            assert system["reports_per_minute"]["median"] > 0 and system["shortfall"] <= 0.1, name
+        same = [record["systems"][name] for name in ("dive_fast", "transformers")]
+        assert same[0]["new_tokens"] == same[1]["new_tokens"] and same[0]["ended"] == same[1]["ended"]
+    assert any(record["systems"]["dive_fast"]["ended"] > 0 for record in smoke.of("end-to-end reports"))
+
+
+def test_metrics_are_compared_before_they_are_measured(smoke):
+    found = {record["metric"]: record for record in smoke.of("evaluate")}
+    assert {"bleu", "rouge_l", "cider", "decisive", "bootstrap"} <= set(found)
+    for name in ("bleu", "rouge_l", "cider", "bootstrap"):
+        assert found[name]["difference"] <= 1e-6 and found[name]["ratios"]
+        rate = found[name]["documents"] / found[name]["seconds"]["median"]
+        assert found[name]["documents_per_second"] == pytest.approx(rate)
+
+
+def test_costs_are_measured_at_several_sizes(smoke):
+    sizes: dict[str, list[int]] = {}
+    for record in smoke.of("scaling"):
+        sizes.setdefault(record["axis"], []).append(record["size"])
+        own = record["times"][record["implementation"]]
+        assert len(own) == record["seconds"]["rounds"] and all(len(t) == len(own) for t in record["times"].values())
+    assert set(sizes) == {"decode context", "decode rows", "loss rows", "loss vocabulary", "step prompt"}
+    assert all(len(found) == 3 for found in sizes.values())
+
+
+def test_its_results_become_a_page_and_compare_with_themselves(smoke, tmp_path, capsys):
+    assert cli.main(["bench", "--report", str(smoke.path), "--output", str(tmp_path)]) == 0
+    page = (tmp_path / "report.md").read_text()
+    for group in GROUPS.values():
+        assert f"### {group.title}\n" in page
+    assert "### How costs grow\n" in page
+    assert cli.main(["bench", "--compare", str(smoke.path), str(smoke.path)]) == 0
+    assert "0 slower, 0 faster, " in capsys.readouterr().out
+
+
+def test_the_ablation_is_an_experiment():
+    experiment = pytest.importorskip("dive_fast.experiment.settings", reason="no `dive-fast experiment` here")
+    config = experiment.load_experiment(ROOT / "benchmarks" / "quality" / "ablation.yaml")
+    assert len(config.seeds) >= 3 and config.compare_with == "dive"
+    chosen = {row.get("like", name) for name, row in config.systems.items()}
+    assert chosen == {"zero_shot", "dive"}, "every row changes one thing of `dive`"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
@@ -107,26 +205,19 @@ def test_times_are_taken_by_the_clock_of_the_device(tmp_path, chosen):
     assert all(record["group"].startswith(("steer-op", "loss ")) for record in records)
 
 
-def test_decoding_is_measured_at_smoke_scale(tmp_path):
-    results = tmp_path / "results.json"
-    chosen = "test_decode.py and (float32 or ratios or different or llama)"
-    outcome = run_suite("--scale", "smoke", "--results", str(results), "-k", chosen)
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    assert "llama.cpp Q4_1: there is no GGUF" in outcome.stdout
-    groups = {}
-    for record in json.loads(results.read_text())["records"]:
-        groups.setdefault(record["group"].split()[1] if " " in record["group"] else "", []).append(record)
-    for record in groups["tiny-float32-B2"]:
+def test_decoding_is_measured(smoke):
+    assert "llama.cpp Q4_1: there is no GGUF" in smoke.output
+    for record in smoke.of("decode tiny-float32-B2"):
         # The rate is the work over the median time.
         assert record["bytes"] == record["weight_bytes"] + record["adapter_bytes"] + record["cache_bytes"]
         assert record["tokens_per_second"] == pytest.approx(2 * 6 / record["seconds"]["median"])
         assert 0 < record["share_of_read_limit"]["low"] <= record["share_of_read_limit"]["high"]
         assert record["first_token_seconds"] > 0 and record["logit_error"] <= 1e-4
-    assert "memory_beyond_weights_and_cache" in groups["tiny-float32-B2"][0]
-    assert set(groups["ratios"][0]["ratios"]) >= {"transformers", "transformers float32", "reading its bytes"}
-    for record in groups["steering"]:
+    assert "memory_beyond_weights_and_cache" in smoke.of("decode tiny-float32-B2")[0]
+    assert set(smoke.of("decode ratios")[0]["ratios"]) >= {"transformers", "transformers float32", "reading its bytes"}
+    assert "lowrank-r4-different" in {record["steering"] for record in smoke.of("decode steering")}
+    for record in smoke.of("decode steering"):
         overhead, ratio = record["overhead_percent"], record["ratios"]["unsteered"]
-        assert record["steering"] == "lowrank-r4-different"
         assert overhead["median"] == pytest.approx(100 * (ratio["median"] - 1))
 
 

@@ -95,7 +95,7 @@ def test_a_copy_moves_as_many_bytes_as_a_run_reads(monkeypatch):
 def test_a_model_that_the_engine_refuses_is_skipped_in_its_words():
     assert decode_peers.OURS.missing(TINY, UNSTEERED) is None
     elsewhere = decode_peers.OURS.missing(Problem("tiny", 2, device="meta"), UNSTEERED)
-    assert elsewhere == "engine='native' refuses: the decoder lies on meta; it runs on the CPU"
+    assert elsewhere == "engine='native' refuses: the decoder lies on meta; it runs on CPUs and CUDA devices"
 
 
 def test_the_gpu_scale_asks_for_everything_that_is_promised():

@@ -4,13 +4,13 @@ import copy
 import re
 
 import pytest
-from report_example import example_result
 
 from dive_fast.experiment import tables
 from dive_fast.report import write_report
 from dive_fast.report_assets import charts
 from dive_fast.report_assets.numbers import COLUMNS, finding, show_signed, size
 from dive_fast.report_assets.sections import differences as difference_section
+from tests.report_example import example_result
 
 
 def compared() -> dict:

@@ -62,7 +62,9 @@ ALLOWED = {
     "experiment": LOWER | UPPER | {"measurements", "report", "doctor", "config", "predictions", "shards"},
     "cli": LOWER
     | UPPER
-    | {"report", "doctor", "config", "demo", "inspect_data", "predictions", "distributed", "experiment"},
+    | {"report", "doctor", "config", "demo", "inspect_data", "predictions", "distributed", "experiment", "bench"},
+    # reads results files alone; the page looks like the other one
+    "bench": {"report"},
     "__main__": {"cli"},
     "__init__": LOWER | UPPER | {"lazy"},
 }
@@ -76,8 +78,10 @@ PART_OF = {
     "arguments": "train",
     "checkpoints": "train",
     "eval_reports": "train",
+    "sharding": "train",
     "trainer": "train",
     "report_assets": "report",
+    "cli_bench": "cli",
     "cli_commands": "cli",
     "cli_data": "cli",
     "cli_experiment": "cli",

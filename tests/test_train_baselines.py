@@ -4,7 +4,6 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import PLAIN, RECORDS, adapter_bytes, losses, run
 
 import dive_fast
 from dive_fast.adapters import trainable_parameters
@@ -15,6 +14,7 @@ from dive_fast.likelihood import report_nll
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
 from dive_fast.supervision.cache import model_fingerprint
 from dive_fast.supervision.teacher import TeacherRunner, without_steering
+from tests.test_train import PLAIN, RECORDS, adapter_bytes, losses, run
 
 
 def lora(**options) -> peft.LoraConfig:
