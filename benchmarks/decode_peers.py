@@ -70,13 +70,16 @@ class Native:
         self.weights = sum(map(_matrix_bytes, [*matrices, plan.values["head"]]))
         self.adapters = sum(_adapter_bytes(adapter, plan.values["hidden_size"]) for adapter in plan.values["adapters"])
         self.cache = cache_bytes(problem, plan.cache_dtype.itemsize)
+        self.session = None
         self.decoder.prefill = RunPrompts(self.decoder.prefill, self.batch, self.names)
 
     def prepare(self) -> None:
         self._submit([GREEDY | {"max_new_tokens": self.problem.new_tokens}] * self.problem.rows)
 
     def _submit(self, requests: list[dict]) -> None:
-        self.session = self.decoder.session(self.problem.rows)
+        if self.session is None:
+            # Kept: on a GPU a session's first run also records its graphs.
+            self.session = self.decoder.session(self.problem.rows)
         self.decoder.submit(self.session, self.batch, self.names, requests)
 
     def __call__(self) -> list[list[int]]:
