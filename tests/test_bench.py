@@ -286,14 +286,30 @@ def test_a_wrong_marker_is_named_with_its_line(text, complaint):
 
 
 def test_tables_of_scores_come_from_the_demo_and_from_experiments():
-    text = "".join(f"<!-- table: {name} r.json -->\n<!-- /table -->\n" for name in ("demo", "quality", "demo-terminal"))
+    names = ("demo", "quality", "demo-terminal", "differences", "costs")
+    text = "".join(f"<!-- table: {name} r.json -->\n<!-- /table -->\n" for name in names)
     result = example_result() | {"compare_with": "lowrank", "seeds": [0, 1, 2]}
+    result["systems"][3] |= {
+        "costs": {
+            "teacher_seconds": 90.0,
+            "tokens_per_second": 512.3,
+            "train_peak_bytes": 2e9,
+            "write_peak_bytes": 4e8,
+        },
+        "differences": {
+            "perplexity": {"difference": 1.1, "interval": [0.6, 1.5], "clear": True},
+            "rouge_l": {"difference": -0.01, "interval": [-0.03, 0.02], "clear": False},
+        },
+    }
     made = filled(text, "README.md", lambda path: result)
-    scores, quality, terminal = re.findall(r"-->\n\n(.*?)\n\n<!-- /table", made, re.S)
+    scores, quality, terminal, differences, costs = re.findall(r"-->\n\n(.*?)\n\n<!-- /table", made, re.S)
     assert "| **DIVE low-rank** | 10.1 (9.4 to 10.8) |" in scores and "| 571 k | 188 s |" in scores
     assert "| **DIVE low-rank** | 10.1 (9.4 to 10.8) | 0.108 (0.097 to 0.119) |" in quality
     assert "Means over 3 seeds on 64 held-out reports" in quality
     assert all(line.startswith("    ") or not line for line in terminal.splitlines()) and "Zero-shot" in terminal
+    assert "| minus DIVE low-rank |" in differences and "Zero-shot" not in differences
+    assert "| LoRA | +1.1 (+0.6 to +1.5) † | – | −0.010 (−0.030 to +0.020) | – |" in differences
+    assert "| LoRA | 461 k | 90 s | 231 s | 2.00 GB | 42 s | 512 | 400 MB | native |" in costs
 
 
 def test_the_readme_is_up_to_date_with_the_results():

@@ -5,7 +5,18 @@ from collections.abc import Mapping
 
 from dive_fast.bench.table import NONE, Table
 from dive_fast.report import result_table
-from dive_fast.report_assets.numbers import COLUMNS, best_adapter, count, label_of, measure, seconds, show
+from dive_fast.report_assets.numbers import (
+    COLUMNS,
+    best_adapter,
+    count,
+    difference,
+    label_of,
+    measure,
+    seconds,
+    show,
+    show_signed,
+    size,
+)
 
 SHOWN = ("bleu_4", "rouge_l", "cider", "decisive_f1", "eos_rate", "length_error")
 BY_KEY = {column.key: column for column in COLUMNS}
@@ -39,6 +50,47 @@ def quality(result: Mapping) -> Table:
     return Table("Quality", columns, rows, strong=frozenset(ours), note=note)
 
 
+def differences(result: Mapping) -> Table:
+    """One row a system that was compared with the experiment's reference: its score minus the reference's, paired."""
+    compared = [system for system in result["systems"] if system.get("differences")]
+    rows = [[label_of(system), *(_difference(system, key) for key in ("perplexity", *SHOWN))] for system in compared]
+    named = {system.get("name"): label_of(system) for system in result["systems"]}
+    columns = [f"minus {named.get(result.get('compare_with'))}", "perplexity", *(BY_KEY[key].label for key in SHOWN)]
+    note = "Paired over documents and seeds; in brackets 95 % intervals. † leaves out 0."
+    return Table("Differences", columns, rows, note=note)
+
+
+def costs(result: Mapping) -> Table:
+    """One row a system of an experiment: what it cost to train and to write with, means over seeds."""
+    rows = []
+    for system in result["systems"]:
+        found = system.get("costs") or {}
+        teacher = (
+            "in training" if found.get("teacher_in_training") else seconds(found.get("teacher_seconds"), short=True)
+        )
+        speed = found.get("tokens_per_second")
+        rows.append(
+            [
+                label_of(system),
+                count(system.get("trainable_parameters")),
+                teacher,
+                seconds(system.get("train_seconds"), short=True),
+                size(found.get("train_peak_bytes")),
+                seconds(system.get("generate_seconds"), short=True),
+                NONE if speed is None else f"{speed:,.0f}",
+                size(found.get("write_peak_bytes")),
+                str(system.get("engine") or NONE),
+            ]
+        )
+    columns = ["", "trained", "teacher", "training", "peak memory", "writing", "tokens/s", "peak memory", "written by"]
+    environment, run = result.get("environment") or {}, result.get("run") or {}
+    note = (
+        f"{run.get('steps')} steps of {run.get('batch_size')} reports, {run.get('dtype')}; "
+        f"{environment.get('processor')}, PyTorch {environment.get('torch')}."
+    )
+    return Table("Costs", columns, rows, note=note)
+
+
 def _row(system: Mapping) -> list[str]:
     unseen = measure(system.get("unseen") or {}, "perplexity")
     cells = [_interval(system, "perplexity"), NONE if unseen is None else show(unseen.value, BY_KEY["perplexity"])]
@@ -59,6 +111,18 @@ def _interval(system: Mapping, key: str) -> str:
         return text
     low, high = (show(end, BY_KEY[key]) for end in found.interval)
     return f"{text} ({low} to {high})"
+
+
+def _difference(system: Mapping, key: str) -> str:
+    found = difference(system, key)
+    if found is None:
+        return NONE
+    (value, interval), clear = found
+    text = show_signed(value, BY_KEY[key])
+    if interval is not None:
+        low, high = (show_signed(end, BY_KEY[key]) for end in interval)
+        text += f" ({low} to {high})"
+    return f"{text} †" if clear else text
 
 
 def _note(result: Mapping) -> str:

@@ -28,6 +28,8 @@ DEMO_TABLES: Mapping[str, Callable[[Mapping], Table | str]] = {
     "demo": demo_tables.scores,
     "demo-terminal": demo_tables.terminal,
     "quality": demo_tables.quality,
+    "differences": demo_tables.differences,
+    "costs": demo_tables.costs,
 }
 BEGIN = re.compile(r"^<!-- table:(.*?)-->[ \t]*\n", re.M)
 END = re.compile(r"^<!-- /table -->[ \t]*$", re.M)

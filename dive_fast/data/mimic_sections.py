@@ -25,9 +25,7 @@ _SPELLINGS = {
         *("findings", "chest, two views", "finding", "findins", "findindgs", "findgings", "findngs", "findnings"),
         *("finidngs", "reference findings"),
     ),
-    "indication": (
-        *("indication", "reason for examination", "reason for exam", "clinical indication", "idication"),
-    ),
+    "indication": (*("indication", "reason for examination", "reason for exam", "clinical indication", "idication"),),
     "comparison": (
         *("comparison", "comparisons", "reference exam", "comparison exam", "comparison film", "comparision"),
         *("comparsion", "comparrison", "comparisions"),
