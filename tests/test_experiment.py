@@ -310,9 +310,11 @@ def test_what_does_not_change_a_run_may_change_in_its_folder(home, in_process, t
     scored, real = [], measurements.score
     monkeypatch.setattr(measurements, "score", lambda *a, **k: scored.append(1) or real(*a, **k))
     in_process.clear()
-    run(experiment(home, *more, "evaluation.bootstrap=20"), output, only=only)
+    assert all(system["samples"] for system in result_of(output)["systems"])
+    run(experiment(home, *more, "evaluation.bootstrap=20", "evaluation.examples=0"), output, only=only)
     assert in_process == [] and scored == [], "scores that are kept are made again"
     assert result_of(output)["bootstrap"]["resamples"] == 20
+    assert not any(system["samples"] for system in result_of(output)["systems"])
     run(experiment(home, *more, "evaluation.metrics=[rouge_l]"), output, only=only)
     assert len(scored) == 2 * 4 and "bleu_1" not in result_of(output)["systems"][0]["scores"]
     # What has no runs yet, or none any more, may still be set otherwise.

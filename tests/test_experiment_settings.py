@@ -288,6 +288,9 @@ def test_data_that_is_not_there_is_named(data, override, words):
         ({"metrics": ["bleu"], "metric_options": {"radgraph": {}}}, "'radgraph' is not among metrics"),
         ({"metrics": ["radgraph"], "metric_options": {"radgraph": {"weight": "x"}}}, "there is no option 'weight'"),
         ({"lexicon": "none.yaml"}, "none.yaml"),
+        ({"bootstrap": -1}, "bootstrap: .*-1"),
+        ({"examples": -1}, "evaluation: examples: expected a number of reports >= 0, got -1"),
+        ({"examples": "all"}, "evaluation: examples: expected a number of reports >= 0, got 'all'"),
     ],
 )
 def test_metrics_that_are_not_there_are_refused_at_once(evaluation, words):

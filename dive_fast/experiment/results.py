@@ -24,7 +24,6 @@ from dive_fast.metrics.scores import Scores
 from dive_fast.report import result_table, write_report
 from dive_fast.supervision import Teacher
 
-EXAMPLES = 5
 RESULTS, MARKDOWN, LATEX, PAGE = "results.json", "table.md", "table.tex", "report.html"
 
 
@@ -150,8 +149,9 @@ def _entry(found: Finished, name: str) -> dict[str, Any]:
     written, rows = [piece.read("write.json") for piece in pieces], [piece.rows() for piece in pieces]
     trained = [piece.read("train.json") for piece in pieces] if system.trained else []
     reasons = [row["finish_reason"] for run in rows for row in run]
+    examples = Evaluation(**found.config.evaluation).examples
     first = measurements.shape(
-        test, [row["prediction"] for row in rows[0]], [row["finish_reason"] for row in rows[0]], EXAMPLES
+        test, [row["prediction"] for row in rows[0]], [row["finish_reason"] for row in rows[0]], examples
     )
     return {
         "name": name,

@@ -11,6 +11,7 @@ from dive_fast.errors import InputError
 from dive_fast.experiment.pieces import Piece, digest
 from dive_fast.experiment.settings import Evaluation
 from dive_fast.metrics import METRICS, inputs
+from dive_fast.metrics.bootstrap import check_bootstrap
 from dive_fast.metrics.scores import Scores
 from dive_fast.supervision.lexicon import LexiconTagger
 
@@ -29,11 +30,14 @@ class Scorer:
     """Scores runs with one set of metrics, whose models are loaded once.
 
     Raises:
-        InputError: an unknown metric, protocol or option, no such lexicon.
+        InputError: an unknown metric, protocol or option, no such lexicon, a negative count.
     """
 
     def __init__(self, evaluation: Evaluation):
         self.evaluation = evaluation
+        check_bootstrap(evaluation.bootstrap, evaluation.seed)
+        if type(evaluation.examples) is not int or evaluation.examples < 0:
+            raise InputError(f"evaluation: examples: expected a number of reports >= 0, got {evaluation.examples!r}")
         names = inputs.metric_names(evaluation.metrics, ["eos"], ([1.0], [1]), METRICS)
         inputs.check_protocol(evaluation.protocol)
         self.metrics = tuple(names)

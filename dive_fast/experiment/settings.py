@@ -85,13 +85,15 @@ class Generation:
 class Evaluation:
     """How reports are scored: arguments of `dive_fast.evaluate`, explained there; `lexicon` holds the decisive words.
 
-    Perplexity and the share of reports that end by themselves are always measured.
+    Perplexity and the share of reports that end by themselves are always measured. So many `examples` are quoted in
+    results.json and report.html: 0 where results are to be shared and texts must not be.
     """
 
     metrics: list[str] = field(default_factory=lambda: list(DEFAULT))
     protocol: str = "r2gen"
     bootstrap: int = 1000
     seed: int = 0
+    examples: int = 5
     metric_options: dict[str, Any] | None = None
     lexicon: str | None = None
 
