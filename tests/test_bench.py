@@ -266,6 +266,13 @@ def test_a_marked_table_is_filled_and_stays():
     assert filled(made, "README.md", {"a.json": content(found)}.__getitem__) == made
 
 
+def test_tables_of_the_page_are_there_for_a_readme():
+    figures = {"documents": 99, "documents_per_second": 1234.0, "difference": 2e-9, "ratios": {"peer": ratio(0.5, 0.2)}}
+    found = record("r", group="evaluate", metric="bleu", **figures)
+    made = filled("<!-- table: evaluate a.json -->\n<!-- /table -->\n", "README.md", lambda path: content(found))
+    assert "| bleu | 1,234 | peer | 2.00 × (1.67 to 2.50) | 2e-09 |" in made
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -277,6 +284,7 @@ def test_a_marked_table_is_filled_and_stays():
         ("<!-- table: lost a.json -->\n<!-- /table -->", "with a NAME of decode, .*; got 'lost a.json'"),
         ("<!-- table: loss -->\n<!-- /table -->", "got 'loss'"),
         ("<!-- table: loss a.json -->\n<!-- /table -->", "line 1: table loss: the files hold no record for it"),
+        ("<!-- table: fits a.json -->\n<!-- /table -->", "line 1: table fits: the files hold no record for it"),
         ("<!-- table: demo a.json -->\n<!-- /table -->", 'line 1: result: expected a mapping with a list "systems"'),
     ],
 )

@@ -23,6 +23,7 @@ RECORD_TABLES: Mapping[str, Callable[[Sequence], Table | str]] = {
     "loss": readme_tables.loss,
     "loss-ratios": readme_tables.loss_ratios,
     "missed": readme_tables.missed,
+    **{name: readme_tables.as_on_the_page(name) for name in ("training", "reports", "evaluate", "fits")},
 }
 DEMO_TABLES: Mapping[str, Callable[[Mapping], Table | str]] = {
     "demo": demo_tables.scores,

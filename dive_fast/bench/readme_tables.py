@@ -1,7 +1,9 @@
 """The tables that a README shows: each takes records and is made of their figures alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from dive_fast.bench.group_tables import fit_table, group_table
 from dive_fast.bench.results import LEAST_ROUNDS, Record
 from dive_fast.bench.table import NONE, Table, digits, duration, faster, fixed, size
 from dive_fast.bench.targets import judge
@@ -18,10 +20,20 @@ def _of(records: Sequence[Record], group: str, **values) -> list[Record]:
     ]
 
 
-def _some(found: list, table: str) -> list:
+def _some(found: Any, table: str) -> Any:
+    """Records or a table, where there are any."""
     if not found:
         raise InputError(f"table {table}: the files hold no record for it; name the results file of that group")
     return found
+
+
+def as_on_the_page(name: str) -> Callable[[Sequence[Record]], Table]:
+    """What makes a table of the report page: a name of `group_tables.GROUPS`, or "fits"."""
+
+    def make(records: Sequence[Record]) -> Table:
+        return _some(fit_table(records) if name == "fits" else group_table(name, records), name)
+
+    return make
 
 
 DECODE_NAMES = {
