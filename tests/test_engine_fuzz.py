@@ -62,7 +62,7 @@ class Fixture:
 
     def run(self, values: dict, request: dict) -> None:
         plan = self.engine.Plan(values, self.decoder.plan.kept)
-        session = self.engine.Session(plan=plan, max_rows=4, threads=2, isa="portable")
+        session = self.engine.Session(plan=plan, max_rows=4, threads=2, isa="portable", device=None)
         session.submit(**request)
         # Whatever length was asked for, it is not waited for.
         session.run(on_token=None, cancelled=lambda: True, until_free=0)

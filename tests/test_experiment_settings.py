@@ -305,12 +305,19 @@ def test_a_metric_without_its_weights_package_or_java_fails_in_the_rehearsal(mon
     monkeypatch.setattr("dive_fast.metrics.peers.shutil.which", lambda name: None)
     with pytest.raises(InputError, match="'meteor' runs a Java program, but no `java` command is on PATH"):
         Scorer(Evaluation(metrics=["meteor"])).rehearse()
-    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    missing(monkeypatch, "pycocoevalcap")
     with pytest.raises(InputError, match="computed by pycocoevalcap, which cannot be imported"):
         Scorer(Evaluation(metrics=["bleu"])).rehearse()
-    monkeypatch.setitem(sys.modules, "radgraph", None)
+    missing(monkeypatch, "radgraph")
     with pytest.raises(InputError, match=r"pip install 'dive_fast\[clinical\]'"):
         Scorer(Evaluation(metrics=["radgraph"])).rehearse()
+
+
+def missing(monkeypatch, package: str) -> None:
+    """As if it were not installed; a module of it that was imported before would still be found."""
+    for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
 
 
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
