@@ -166,7 +166,7 @@ def _entry(found: Finished, name: str) -> dict[str, Any]:
         "history": _mean_history([run["history"] for run in trained]),
         "finish": {reason: reasons.count(reason) / len(reasons) for reason in ("eos", "length")},
         "lengths": [len(row["prediction"].split()) for run in rows for row in run],
-        "samples": first["samples"],
+        **({"samples": first["samples"]} if examples else {}),
     }
 
 
