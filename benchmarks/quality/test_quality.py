@@ -6,7 +6,6 @@
 Nothing here is timed, so `--benchmark-only` leaves it out.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -40,12 +39,6 @@ def smoke_options(folder: Path) -> list[str]:
     texts = [f"{part}={{name: json_lines, path: {data}}}" for part in ("data", "test")]
     sizes = ["seeds=[0, 1]", "teacher.shots=1", "generation.max_new_tokens=16", "evaluation.bootstrap=200"]
     return [f"model={model}", "dtype=float32", *texts, *steps, *sizes, "--only", ",".join(SMOKE_SYSTEMS)]
-
-
-@pytest.fixture(autouse=True)
-def needs_the_command():
-    if importlib.util.find_spec("dive_fast.experiment") is None:
-        pytest.skip("this checkout has no `dive-fast experiment`")
 
 
 @pytest.mark.timeout(0)  # hours at laptop scale
