@@ -110,6 +110,33 @@ def test_projections_of_model_sizes(level):
 
 @each_kind
 @each_level
+def test_projections_of_numbers_of_very_different_sizes(level, kind):
+    """A hidden state's few large numbers: what is left of the others is what float32's sums leave of them."""
+    matrix, x = Matrix(67, 576, kind), torch.randn(5, 576)
+    x[:, [3, 200]] *= 1000
+    x[2] = 0
+    x[3] *= 1e-30
+    x[4] *= 1e30
+    for ours, numbers in zip(project([matrix], x, level)[0], x, strict=True):
+        true = matrix.times(numbers)
+        assert (ours - true).abs().max() <= TOLERANCE * true.abs().max()
+
+
+@each_kind
+@each_level
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_stays_none_and_in_its_row(level, kind, wrong):
+    matrix, x = Matrix(37, 65, kind), torch.randn(6, 65)
+    for column in (0, 40, 64):
+        x[4] = torch.randn(65)
+        x[4, column] = wrong
+        found = project([matrix], x, level)[0]
+        assert not found[4].isfinite().any()
+        assert found[[0, 1, 2, 3, 5]].isfinite().all()
+
+
+@each_kind
+@each_level
 def test_a_projection_depends_neither_on_threads_nor_on_the_batch(level, kind):
     for rows, columns in SHAPES:
         matrices = [Matrix(rows, columns, kind, bias=True, gap=1), Matrix(rows + 1, columns, kind)]

@@ -133,6 +133,35 @@ const void* row_of(const Weight& weight, std::int64_t n) {
 
 }  // namespace
 
+std::int64_t inputs_size(Isa isa, int batch, std::int64_t columns) {
+  return batch * (DIVE_DISPATCH(isa, paired_size, columns) + DIVE_DISPATCH(isa, digits_size, columns));
+}
+
+namespace {
+
+// Every worker makes the forms for itself: less than a microsecond, as much as waiting for another's share would take.
+Inputs inputs_of(const Worker& worker, const Weight* const* weights, int count, const float* x, int batch) {
+  thread_local AlignedFloats own;
+  const std::int64_t columns = weights[0]->columns, pairs = DIVE_DISPATCH(worker.isa, paired_size, columns);
+  const auto size = static_cast<std::size_t>(inputs_size(worker.isa, batch, columns));
+  AlignedFloats& memory = worker.inputs ? *worker.inputs : own;
+  if (memory.size() < size) memory.resize(size);
+  Inputs found{x, nullptr, nullptr};
+  for (int i = 0; i < count; ++i) {
+    if (weights[i]->scales && !found.digits) {
+      float* const digits = memory.data() + batch * pairs;
+      DIVE_DISPATCH(worker.isa, arrange_digits, x, batch, columns, digits);
+      found.digits = digits;
+    } else if (!weights[i]->scales && weights[i]->dtype == DType::kBFloat16 && !found.paired) {
+      DIVE_DISPATCH(worker.isa, arrange_pairs, x, batch, columns, memory.data());
+      found.paired = memory.data();
+    }
+  }
+  return found;
+}
+
+}  // namespace
+
 const void* first_read(const Worker& worker, const Weight* const* weights, int count) {
   const void* found = nullptr;
   for_shares(worker, weights, count, [&](int i, std::int64_t begin, std::int64_t) {
@@ -143,17 +172,21 @@ const void* first_read(const Worker& worker, const Weight* const* weights, int c
 
 void project(const Worker& worker, const Weight* const* weights, int count, const float* x, int batch,
              float* const* outputs, bool accumulate, const void* next) {
+  const Inputs numbers = inputs_of(worker, weights, count, x, batch);
   for_shares(worker, weights, count, [&](int i, std::int64_t begin, std::int64_t end) {
     const void* after = next;
     if (end == weights[i]->rows && i + 1 < count) after = weights[i + 1]->data;
-    DIVE_DISPATCH(worker.isa, project_rows, *weights[i], begin, end, x, batch, outputs[i], accumulate, after);
+    DIVE_DISPATCH(worker.isa, project_rows, *weights[i], begin, end, numbers, batch, outputs[i], accumulate, after);
   });
 }
 
 void project_gated(const Worker& worker, GatedActivation activation, const Weight& gate, const Weight& up,
                    const float* x, int batch, float* outputs, const void* next) {
+  const Weight* const weights[] = {&gate, &up};
+  const Inputs numbers = inputs_of(worker, weights, 2, x, batch);
   const Range mine = share(worker, gate.rows, kRowUnit);
-  DIVE_DISPATCH(worker.isa, project_gated_rows, gate, up, mine.begin, mine.end, x, batch, activation, outputs, next);
+  DIVE_DISPATCH(worker.isa, project_gated_rows, gate, up, mine.begin, mine.end, numbers, batch, activation, outputs,
+                next);
 }
 
 void quantize_int8(const Weight& weight, std::int8_t* out, float* scales, Isa isa, int threads) {

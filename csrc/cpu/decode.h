@@ -40,6 +40,8 @@ struct Worker {
   Isa isa;
   Barrier* barrier;
   AlignedFloats* scratch = nullptr;  // the team's; null: the calling thread's own
+  // This worker's own, of inputs_size() for the largest projection; null: the calling thread's, made when it is needed.
+  AlignedFloats* inputs = nullptr;
 
   void sync() const {
     if (count > 1) barrier->wait();
@@ -49,6 +51,9 @@ struct Worker {
 // Runs body(worker) on `threads` threads within one parallel_together() call. The first exception of a body is thrown
 // here; a body may throw where no sync follows, or where all of the team's do.
 void run_team(int threads, Isa isa, const std::function<void(const Worker&)>& body);
+
+// Floats that a worker needs for the forms in which `batch` rows of K columns are read beside some kinds of weights.
+std::int64_t inputs_size(Isa isa, int batch, std::int64_t columns);
 
 // outputs[i][b][n] = sum over k of x[b][k] * weights[i][n][k] + bias[n]: `count` matrices over the same x, each read
 // once. x is [B][K], outputs[i] is [B][weights[i]->rows], all contiguous; 1 <= B <= 64. With `accumulate` that is added

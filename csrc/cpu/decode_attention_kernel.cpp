@@ -30,7 +30,7 @@ inline void score_positions(const AttentionShape& shape, const float* q, int hea
     for (int h = 0; h < heads; h += kBatchTile) {
       const int some = heads - h < kBatchTile ? heads - h : kBatchTile;
       vf found[kBatchTile];
-      dot_block(keys + s * E, E, rows, q + h * E, some, E, Ahead{h ? 0 : ahead}, found);
+      dot_block<PlainRows<Element>>(keys + s * E, E, rows, q + h * E, some, E, Ahead{}, found);
       for (int i = 0; i < some; ++i) {
         vf score = found[i] * splat(shape.scale);
         if (shape.softcap > 0) score = splat(shape.softcap) * tanh(score / splat(shape.softcap));

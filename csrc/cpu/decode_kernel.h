@@ -8,8 +8,8 @@
 
 namespace dive::cpu {
 
-// Rows of the batch that share one reading of the weights from L1. With 4 rows of weights that makes 16 sums, and with
-// the numbers they are made of 21 of the 32 registers that AVX-512 has.
+// Rows of the batch that share one reading of the weights from L1: with 4 rows of weights, or two sums each of 2 of
+// them, that makes 16 sums of the 32 registers that AVX-512 has.
 inline constexpr int kBatchTile = 4;
 
 // Query heads that attention takes at a time. 16 of them times a block of positions are 4 KiB of scores.
@@ -19,13 +19,19 @@ inline constexpr int kHeadTile = 16;
 // `largest` and the sum of the exponentials. Static because this header is compiled at every level.
 static inline std::int64_t partial_size(int head_size) { return head_size + 2; }
 
+// Floats that a row of K columns takes in a form of the inputs, 0 where the level has no use for it, and the forms.
+DIVE_DECLARE_VARIANTS(std::int64_t paired_size(std::int64_t columns))
+DIVE_DECLARE_VARIANTS(std::int64_t digits_size(std::int64_t columns))
+DIVE_DECLARE_VARIANTS(void arrange_pairs(const float* x, int batch, std::int64_t columns, float* out))
+DIVE_DECLARE_VARIANTS(void arrange_digits(const float* x, int batch, std::int64_t columns, float* out))
+
 // outputs[b][n] = x[b] . weight[n] + bias[n], or plus that where `add`, for n in [begin, end); rows of outputs are
 // weight.rows apart. Whoever calls reads from `next` on afterwards (null: it is not known).
-DIVE_DECLARE_VARIANTS(void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, const float* x,
+DIVE_DECLARE_VARIANTS(void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, const Inputs& x,
                                         int batch, float* outputs, bool add, const void* next))
 DIVE_DECLARE_VARIANTS(void project_gated_rows(const Weight& gate, const Weight& up, std::int64_t begin,
-                                              std::int64_t end, const float* x, int batch, GatedActivation activation,
-                                              float* outputs, const void* next))
+                                              std::int64_t end, const Inputs& x, int batch,
+                                              GatedActivation activation, float* outputs, const void* next))
 DIVE_DECLARE_VARIANTS(void quantize_rows(const Weight& weight, std::int64_t begin, std::int64_t end, std::int8_t* out,
                                          float* scales))
 DIVE_DECLARE_VARIANTS(void embed_row(const Weight& embedding, std::int64_t token, float scale, float* out))

@@ -1,26 +1,45 @@
 // Matrices times a few vectors. Weights are widened to float32 in registers: reading them is what takes the time.
-#include "cpu/decode_rows.h"
+#include "cpu/decode_inputs.h"
 
 namespace dive::cpu::DIVE_ISA {
 namespace {
 
-// How far ahead of its use memory is asked for: four rows, if that is no less than 4 KiB, which are some 150
-// nanoseconds at 25 GB/s and core, about the latency, and no more than 16 KiB, which is what L1 holds beside the rest.
+// Calls f with a null pointer to the form in which a weight of that kind is read, and the inputs in that form.
+template <class F>
+inline void with_rows(const Weight& weight, const Inputs& x, F f) {
+  if (weight.scales) {
+#if defined(__AVX512VNNI__)
+    return f(static_cast<DigitRows*>(nullptr), x.digits);
+#else
+    return f(static_cast<PlainRows<Int8>*>(nullptr), x.plain);
+#endif
+  }
+  switch (weight.dtype) {
+    case DType::kFloat32:
+      return f(static_cast<PlainRows<float>*>(nullptr), x.plain);
+    case DType::kBFloat16:
+      return f(static_cast<PairedRows*>(nullptr), x.paired);
+    case DType::kFloat16:
+      return f(static_cast<PlainRows<F16>*>(nullptr), x.plain);
+  }
+}
+
+// For a worker that reads rows up to `end`, then from `next` on.
 template <class Element>
 Ahead ahead_of(const Weight& weight, std::int64_t end, const void* next) {
-  const std::int64_t row = weight.row_stride * static_cast<std::int64_t>(sizeof(Element)), rows = 4 * row;
-  const std::int64_t distance = rows < 4096 ? 4096 : rows > 16384 ? 16384 : rows;
-  return {distance, static_cast<const char*>(weight.data) + end * row, static_cast<const char*>(next)};
+  const std::int64_t row = weight.row_stride * static_cast<std::int64_t>(sizeof(Element));
+  return {true, static_cast<const char*>(weight.data) + end * row, static_cast<const char*>(next)};
 }
 
 // Products of rows n ... n + rows - 1 of the weight with rows `first` ... of the batch, and their scales and bias.
-template <class Element>
+template <class Rows>
 inline void weight_block(const Weight& weight, std::int64_t n, int rows, const float* x, int first, int count,
                          const Ahead& ahead, vf* out) {
-  const Element* w = static_cast<const Element*>(weight.data) + n * weight.row_stride;
+  const auto* w = static_cast<const typename Rows::Element*>(weight.data) + n * weight.row_stride;
   // The first part of the batch finds the weights in memory, the others in L1.
   const Ahead& asked = first ? Ahead{} : ahead;
-  dot_block(w, weight.row_stride, rows, x + first * weight.columns, count, weight.columns, asked, out);
+  const float* from = x + first * Rows::x_stride(weight.columns);
+  dot_block<Rows>(w, weight.row_stride, rows, from, count, weight.columns, asked, out);
   // One expression for all cases, so that every caller's compiled form rounds alike.
   const vf scales = weight.scales ? load_some(weight.scales + n, rows) : splat(1.0f);
   const vf bias = weight.bias ? load_some(weight.bias + n, rows) : splat(0.0f);
@@ -39,14 +58,35 @@ inline void for_blocks(std::int64_t begin, std::int64_t end, int batch, Body bod
 
 }  // namespace
 
-void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, const float* x, int batch,
+std::int64_t paired_size(std::int64_t columns) { return PairedRows::x_stride(columns); }
+
+std::int64_t digits_size([[maybe_unused]] std::int64_t columns) {
+#if defined(__AVX512VNNI__)
+  return DigitRows::x_stride(columns);
+#else
+  return 0;
+#endif
+}
+
+void arrange_pairs(const float* x, int batch, std::int64_t columns, float* out) {
+  for (int b = 0; b < batch; ++b) PairedRows::arrange(x + b * columns, columns, out + b * paired_size(columns));
+}
+
+void arrange_digits([[maybe_unused]] const float* x, [[maybe_unused]] int batch, [[maybe_unused]] std::int64_t columns,
+                    [[maybe_unused]] float* out) {
+#if defined(__AVX512VNNI__)
+  for (int b = 0; b < batch; ++b) DigitRows::arrange(x + b * columns, columns, out + b * digits_size(columns));
+#endif
+}
+
+void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, const Inputs& x, int batch,
                   float* outputs, bool add, const void* next) {
-  with_elements(weight.dtype, weight.scales != nullptr, [&](auto* type) {
-    using Element = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    const Ahead ahead = ahead_of<Element>(weight, end, next);
+  with_rows(weight, x, [&](auto* type, const float* numbers) {
+    using Rows = std::remove_pointer_t<decltype(type)>;
+    const Ahead ahead = ahead_of<typename Rows::Element>(weight, end, next);
     for_blocks(begin, end, batch, [&](std::int64_t n, int rows, int first, int count) {
       vf found[kBatchTile];
-      weight_block<Element>(weight, n, rows, x, first, count, ahead, found);
+      weight_block<Rows>(weight, n, rows, numbers, first, count, ahead, found);
       for (int b = 0; b < count; ++b) {
         float* out = outputs + (first + b) * weight.rows + n;
         store_some(out, add ? load_some(out, rows) + found[b] : found[b], rows);
@@ -55,13 +95,14 @@ void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, co
   });
 }
 
-void project_gated_rows(const Weight& gate, const Weight& up, std::int64_t begin, std::int64_t end, const float* x,
+void project_gated_rows(const Weight& gate, const Weight& up, std::int64_t begin, std::int64_t end, const Inputs& x,
                         int batch, GatedActivation activation, float* outputs, const void* next) {
   const auto block = [&](const Weight& weight, std::int64_t n, int rows, int first, int count, const void* after,
                          vf* found) {
-    with_elements(weight.dtype, weight.scales != nullptr, [&](auto* type) {
-      using Element = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-      weight_block<Element>(weight, n, rows, x, first, count, ahead_of<Element>(weight, end, after), found);
+    with_rows(weight, x, [&](auto* type, const float* numbers) {
+      using Rows = std::remove_pointer_t<decltype(type)>;
+      const Ahead ahead = ahead_of<typename Rows::Element>(weight, end, after);
+      weight_block<Rows>(weight, n, rows, numbers, first, count, ahead, found);
     });
   };
   for_blocks(begin, end, batch, [&](std::int64_t n, int rows, int first, int count) {

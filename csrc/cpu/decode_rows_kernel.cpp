@@ -63,11 +63,16 @@ void narrow_range(const float* x, std::int64_t count, DType dtype, void* out) {
 }
 
 std::uint32_t read_range(const void* data, std::int64_t bytes) {
-  constexpr std::int64_t kLine = 64, kAhead = 4096;
+  constexpr std::int64_t kLine = 64;
   const char* p = static_cast<const char*>(data);
+  const Ahead ahead{true};
   vi sums[64 / sizeof(vi)] = {};
+  std::int64_t touched = 0;
   for (std::int64_t i = 0; i + kLine <= bytes; i += kLine) {
-    __builtin_prefetch(p + i + kAhead);
+    if (i >= touched) {
+      ahead.touch(p + i);
+      touched += kTouch;
+    }
     unroll<64 / sizeof(vi)>([&](auto j) {
       vi v;
       std::memcpy(&v, p + i + j * sizeof(vi), sizeof v);

@@ -18,6 +18,14 @@ struct Weight {
   const float* bias;         // [N] or null
 };
 
+// Rows of activations for a projection, also in the forms in which kernels read them beside some kinds of weights (see
+// decode_inputs.h); null where no such weight is there, or where the level reads the numbers as they are.
+struct Inputs {
+  const float* plain;   // [B][K]
+  const float* paired;  // for bfloat16 weights
+  const float* digits;  // for int8 weights
+};
+
 // An adapter's two matrices are stored in the order in which a step reads them, block of ranks by block of ranks: that
 // many rows of `down` [ranks][padded D], then their columns of `up` as [padded D / kRankPanel][ranks][kRankPanel], zeros in the
 // padding. While one half of a block is used the other is on its way: 9 KiB at D = 576 in half precision.

@@ -20,7 +20,7 @@ bool usable(Isa isa) {
     case Isa::kAvx512:
       return avx512;
     case Isa::kAvx512Bf16:
-      return avx512 && f.avx512_bf16;
+      return avx512 && f.avx512_bf16 && f.avx512_vnni;  // every processor with the first has both
 #else
     default:
       static_cast<void>(avx512);

@@ -22,7 +22,7 @@ using engine::StepRow;
 // Every worker keeps the residual stream and its norms for itself and computes them in full: a few thousand numbers,
 // which cost less than a barrier between writing and reading them would.
 struct Private {
-  AlignedFloats stream, normed, update;
+  AlignedFloats stream, normed, update, inputs;
 };
 
 // What all workers see.
@@ -37,7 +37,9 @@ class CpuStepper final : public engine::Stepper {
   CpuStepper(const Plan& plan, int max_rows, int threads, Isa isa)
       : plan_(plan), max_rows_(max_rows), threads_(threads), isa_(isa), private_(threads), steer_(plan, max_rows, threads) {
     const std::int64_t B = max_rows, D = plan.hidden_size, E = plan.head_size;
+    const std::int64_t widest = std::max({D, plan.heads * E, plan.intermediate_size});
     for (Private& own : private_) {
+      own.inputs.resize(inputs_size(isa, max_rows, widest));
       own.stream.resize(B * D);
       own.normed.resize(B * D);
       own.update.resize(B * D);
@@ -59,7 +61,9 @@ class CpuStepper final : public engine::Stepper {
             const std::function<void(std::size_t, float*, std::int64_t)>& with_logits) override {
     if (rows.empty() || rows.size() > static_cast<std::size_t>(max_rows_)) throw std::logic_error("step: bad row count");
     prepare(rows);
-    run_team(threads_, isa_, [&](const Worker& worker) {
+    run_team(threads_, isa_, [&](const Worker& member) {
+      Worker worker = member;
+      worker.inputs = &private_[worker.index].inputs;
       run(worker, rows);
       for (std::size_t b = worker.index; b < rows.size(); b += worker.count) {
         float* logits = shared_.logits.data() + b * plan_.vocabulary;
@@ -134,19 +138,15 @@ class CpuStepper final : public engine::Stepper {
     project(worker, inputs, 3, own.normed.data(), B, outputs, false, first_read(worker, &o, 1));
     worker.sync();
     const CacheRow* caches = shared_.caches.data() + l * B;
-    // Whole rows per worker: what one row's heads need is then on one core, and one barrier serves four small steps.
-    const int first = B * worker.index / worker.count, mine = B * (worker.index + 1) / worker.count - first;
-    if (mine > 0) {
-      float* q = shared_.q.data() + std::int64_t{first} * H * E;
-      float* k = shared_.k.data() + std::int64_t{first} * G * E;
-      const float* cosine = shared_.cosine.data() + (std::int64_t{layer.rope} * B + first) * E;
-      const float* sine = shared_.sine.data() + (std::int64_t{layer.rope} * B + first) * E;
-      if (layer.q.weight) rms_norm(alone, q, layer.q.weight, layer.q.eps, std::int64_t{mine} * H, E, q);
-      if (layer.k.weight) rms_norm(alone, k, layer.k.weight, layer.k.eps, std::int64_t{mine} * G, E, k);
-      rope(alone, q, cosine, sine, mine, H, E);
-      rope(alone, k, cosine, sine, mine, G, E);
-      append_to_cache(alone, shape_, k, shared_.v.data() + std::int64_t{first} * G * E, caches + first, mine);
-    }
+    // Heads are dealt out alike in all five, so that one barrier serves them; whole rows of a batch that divides evenly.
+    float *const q = shared_.q.data(), *const k = shared_.k.data();
+    const float* cosine = shared_.cosine.data() + std::int64_t{layer.rope} * B * E;
+    const float* sine = shared_.sine.data() + std::int64_t{layer.rope} * B * E;
+    if (layer.q.weight) rms_norm(worker, q, layer.q.weight, layer.q.eps, std::int64_t{B} * H, E, q);
+    if (layer.k.weight) rms_norm(worker, k, layer.k.weight, layer.k.eps, std::int64_t{B} * G, E, k);
+    rope(worker, q, cosine, sine, B, H, E);
+    rope(worker, k, cosine, sine, B, G, E);
+    append_to_cache(worker, shape_, k, shared_.v.data(), caches, B);
     worker.sync();
     attention(worker, shape_, shared_.q.data(), caches, B, shared_.attended.data());
     worker.sync();

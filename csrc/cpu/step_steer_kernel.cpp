@@ -18,7 +18,7 @@ inline void activated_ranks(const Element* down, std::int64_t stride, int ranks,
   for (int first = 0; first < ranks; first += kWidth) {
     const int some = ranks - first < kWidth ? ranks - first : kWidth;
     vf found[kBatchTile];
-    dot_block(down + first * stride, stride, some, x, count, D, ahead, found);
+    dot_block<PlainRows<Element>>(down + first * stride, stride, some, x, count, D, ahead, found);
     const vf added = bias ? load_some(bias + first, some) : vf{};
     for (int i = 0; i < count; ++i) {
       float whole[kLanes];
@@ -34,12 +34,16 @@ template <int kRanks, class Element>
 inline void add_ranks(const Element* up, int ranks, const Activated& activated, int count, std::int64_t D, bool first,
                       const Ahead& ahead, float* out) {
   const int most = kRanks ? kRanks : ranks;
+  std::int64_t touched = 0;
   for (std::int64_t panel = 0; panel < D; panel += kRankPanel) {
     const Element* from = up + panel * most;
-    if (ahead.distance) {
-      const char* asked = ahead.of(from);
+    if (ahead.asks) {
       const std::int64_t bytes = most * kRankPanel * static_cast<std::int64_t>(sizeof(Element));
-      for (std::int64_t line = 0; line < bytes; line += kLineBytes) __builtin_prefetch(asked + line);
+      const char* const asked = ahead.of(from, kLinesAhead);
+      for (std::int64_t line = 0; line < bytes; line += kLineBytes) ask_for_line(asked + line);
+      for (; touched < (panel / kRankPanel + 1) * bytes; touched += kTouch) {
+        ahead.touch(reinterpret_cast<const char*>(up) + touched);
+      }
     }
     for (int part = 0; part < kRankPanel && panel + part < D; part += kLanes) {
       const std::int64_t d = panel + part;
@@ -74,9 +78,7 @@ void push_products(const Weight& matrices, const float* bias, Activation activat
       const int ranks = R - before < kRankBlock ? static_cast<int>(R - before) : kRankBlock;
       const Element* down = static_cast<const Element*>(matrices.data) + 2 * before * stride;
       const Element* up = down + ranks * stride;
-      // One half of a block: while it is used, the other one, or the next block's first, is on its way.
-      const Ahead ahead{ranks * stride * static_cast<std::int64_t>(sizeof(Element)),
-                        static_cast<const char*>(share_end), static_cast<const char*>(next)};
+      const Ahead ahead{true, static_cast<const char*>(share_end), static_cast<const char*>(next)};
       for (int i = 0; i < count; i += kBatchTile) {
         const int rows = count - i < kBatchTile ? count - i : kBatchTile;
         const Ahead asked = i ? Ahead{} : ahead;
