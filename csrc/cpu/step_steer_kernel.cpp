@@ -71,6 +71,9 @@ void push_products(const Weight& matrices, const float* bias, Activation activat
                    std::int64_t end, const float* x, int count, std::int64_t D, float* out, const void* share_end,
                    const void* next) {
   const std::int64_t stride = matrices.columns, R = matrices.rows / 2;
+  // A share is shorter than pages are asked for ahead, so within it it would be too late for the first ones after it.
+  const char* const after = static_cast<const char*>(next);
+  for (std::int64_t i = 0; after && i < kPagesAhead; i += kTouch) __builtin_prefetch(after + i);
   with_elements(matrices.dtype, false, [&](auto* type) {
     using Element = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     for (std::int64_t block = begin; block < end; ++block) {
