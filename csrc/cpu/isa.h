@@ -7,7 +7,8 @@
 
 namespace dive::cpu {
 
-// Each level contains the ones before it. On other processors than x86 only kPortable exists.
+// Each level contains the ones before it; kAvx512Bf16 has VNNI too, as all processors with AVX512_BF16 do. On other
+// processors than x86 only kPortable exists.
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
 // The highest level that this build holds and this machine runs.

@@ -33,8 +33,8 @@ const void* address_of(const engine::Steering& steering, int piece) {
   return static_cast<const std::byte*>(matrices.data) + 2 * rank * matrices.columns * size_of(matrices.dtype);
 }
 
-// The vectors are needed last and read by everyone: they come meanwhile.
-void ask_for(const float* numbers, std::int64_t count) {
+// Inlined early, or GCC would drop the call of a function that computes nothing.
+[[gnu::always_inline]] inline void ask_for(const float* numbers, std::int64_t count) {
   constexpr std::int64_t kLine = 64 / sizeof(float);
   if (!numbers) return;
   for (std::int64_t i = 0; i < count; i += kLine) __builtin_prefetch(numbers + i);
@@ -91,6 +91,12 @@ const void* StepSteering::first_read(const Worker& worker, std::size_t layer, St
   if (turns_.empty()) return next;
   std::vector<Part>& parts = parts_[worker.index];
   gather(turns_.front(), layer, place, parts);
+  // The vectors, which every worker reads, come while it computes what is steered.
+  for (const Part& part : parts) {
+    ask_for(part.steering->static_push, plan_.hidden_size);
+    ask_for(part.steering->gate_direction, plan_.hidden_size);
+    ask_for(part.steering->bias, part.steering->rank);
+  }
   return first_read(division(worker, parts), parts, 0, next);
 }
 
@@ -158,8 +164,6 @@ void StepSteering::steer(const Worker& worker, const std::vector<Part>& parts, f
   std::int64_t row = 0;  // of all parts' rows, one after the other
   for (std::size_t p = 0; p < parts.size(); ++p) {
     const engine::Steering& s = *parts[p].steering;
-    ask_for(s.static_push, D);
-    ask_for(s.gate_direction, D);
     if (s.rank && mine.begin < mine.end) {
       float* input = own.inputs.data();
       for (const int b : *parts[p].rows) {
