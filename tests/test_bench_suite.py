@@ -59,10 +59,11 @@ def test_an_expression_that_nothing_matches(checkout):
 def test_ctrl_c_waits_for_the_suite_and_says_where_its_results_are(checkout):
     results = checkout / "results.json"
     script = f"""
-import sys
+import signal, sys
 from pathlib import Path
 from dive_fast import cli
 from dive_fast.bench import suite
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 suite.find_suite = lambda: Path({str(checkout)!r})
 sys.exit(cli.main(["bench", "-k", "slow", "--output", {str(results)!r}]))
 """

@@ -14,10 +14,10 @@ constexpr int kColumnTile = 2;
 #endif
 
 // scores[h][s] of `count` positions for `heads` query heads, the exponent's argument but for the largest score; -inf
-// in the positions after them. The next keys lie `ahead` bytes further on and come while these scores are computed.
+// in the positions after them.
 template <class Element>
 inline void score_positions(const AttentionShape& shape, const float* q, int heads, const Element* keys, int count,
-                            std::int64_t ahead, float (*scores)[kPositions]) {
+                            float (*scores)[kPositions]) {
   const std::int64_t E = shape.head_size;
   vi lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -59,8 +59,8 @@ inline float soften(float* scores, float& largest, float& total) {
   return factor;
 }
 
-// out[h][0 ... kC vectors) = factors[h] * itself + sum over s of scores[h][s] * values[s]. As with keys, the next values
-// lie `ahead` bytes further on.
+// out[h][0 ... kC vectors) = factors[h] * itself + sum over s of scores[h][s] * values[s]. The next values lie `ahead` bytes
+// further on and come while these are added.
 template <int kH, int kC, bool kWhole, class Element>
 inline void gather_tile(const Element* values, std::int64_t E, int lanes, int count, std::int64_t ahead,
                         const float (*scores)[kPositions], const float* factors, float* out, std::int64_t out_stride) {
@@ -131,7 +131,7 @@ void attend(const AttentionShape& shape, const float* q, int heads, const CacheR
     const auto* values = reinterpret_cast<const Element*>(row.blocks[block] + row.values + offset);
     const std::int64_t ahead = next < row.length ? row.blocks[block + 1] - row.blocks[block] : 0;
     count = static_cast<int>((next < end ? next : end) - s);
-    score_positions(shape, q, heads, keys, count, ahead, scores);
+    score_positions(shape, q, heads, keys, count, scores);
     for (int h = 0; h < heads; ++h) {
       float* numbers = partials + h * stride + E;
       factors[h] = soften(scores[h], numbers[0], numbers[1]);
