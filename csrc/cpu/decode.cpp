@@ -139,7 +139,7 @@ std::int64_t inputs_size(Isa isa, int batch, std::int64_t columns) {
 
 namespace {
 
-// Every worker makes the forms for itself: less than a microsecond, as much as waiting for another's share would take.
+// Every worker makes the forms for itself: less than a microsecond a row, as much as waiting for another's share takes.
 Inputs inputs_of(const Worker& worker, const Weight* const* weights, int count, const float* x, int batch) {
   thread_local AlignedFloats own;
   const std::int64_t columns = weights[0]->columns, pairs = DIVE_DISPATCH(worker.isa, paired_size, columns);

@@ -28,7 +28,7 @@ struct Inputs {
 
 // An adapter's two matrices are stored in the order in which a step reads them, block of ranks by block of ranks: that
 // many rows of `down` [ranks][padded D], then their columns of `up` as [padded D / kRankPanel][ranks][kRankPanel], zeros in the
-// padding. While one half of a block is used the other is on its way: 9 KiB at D = 576 in half precision.
+// padding. So a worker's share is one stream, which is asked for ahead as those of weights are.
 inline constexpr int kRankBlock = 8;
 inline constexpr int kRankPanel = 16;
 
