@@ -94,18 +94,32 @@ def check_close(ours, true, tolerance=TOLERANCE):
 @each_level
 def test_projections_are_right(level, kind):
     for rows, columns in SHAPES:
-        for batch in (1, 2, 3, 4, 5, 8, 13):
+        for batch in (*range(1, 10), 13, 17):
             matrices = [Matrix(rows, columns, kind, bias=True, gap=3), Matrix(rows + 2, columns, kind)]
             x = torch.randn(batch, columns)
             for ours, matrix in zip(project(matrices, x, level), matrices, strict=True):
                 check_close(ours, matrix.times(x))
 
 
+@each_kind
 @each_level
-def test_projections_of_model_sizes(level):
-    for kind in (torch.bfloat16, torch.int8):
-        matrix, x = Matrix(200, 1536, kind), torch.randn(64, 1536)
-        check_close(project([matrix], x, level)[0], matrix.times(x))
+def test_projections_of_model_sizes(level, kind):
+    """Rows that fit into L1 beside each other, and rows that do not, which come in smaller parts of the batch."""
+    for columns in (576, 1536):
+        matrix, x = Matrix(200, columns, kind), torch.randn(64, columns)
+        found = project([matrix], x, level)[0]
+        check_close(found, matrix.times(x))
+        for first in (0, 5, 62):
+            assert torch.equal(project([matrix], x[first : first + 1], level)[0], found[first : first + 1])
+
+
+@each_level
+def test_a_gated_projection_of_two_kinds(level):
+    """An int8 matrix takes fewer rows of the batch at a time than one in bfloat16."""
+    gate, up, x = Matrix(21, 40, torch.int8), Matrix(21, 40, torch.bfloat16), torch.randn(9, 40)
+    found = torch.empty(9, 21)
+    DECODE.project_gated(0, gate.tuple, up.tuple, address(x), 9, address(found), level, 2)
+    check_close(found, ACTIVATIONS[0](gate.times(x)) * up.times(x), 2 * TOLERANCE)
 
 
 @each_kind
@@ -140,10 +154,10 @@ def test_what_is_no_number_stays_none_and_in_its_row(level, kind, wrong):
 def test_a_projection_depends_neither_on_threads_nor_on_the_batch(level, kind):
     for rows, columns in SHAPES:
         matrices = [Matrix(rows, columns, kind, bias=True, gap=1), Matrix(rows + 1, columns, kind)]
-        x = torch.randn(9, columns)
-        alone = [torch.cat(y) for y in zip(*(project(matrices, x[b : b + 1], level, 1) for b in range(9)), strict=True)]
+        x = torch.randn(17, columns)
+        alone = [torch.cat(y) for y in zip(*(project(matrices, x[b : b + 1], level, 1) for b in range(17)), strict=True)]
         for threads in (1, 2, 3):
-            for batch in (1, 2, 3, 4, 5, 8, 9):
+            for batch in (*range(1, 10), 13, 17):
                 for ours, expected in zip(project(matrices, x[:batch], level, threads), alone, strict=True):
                     assert torch.equal(ours, expected[:batch]), (threads, batch)
 
@@ -161,7 +175,7 @@ def test_accumulation_adds_to_what_is_there(level, kind):
 @each_kind
 @each_level
 def test_a_gated_projection_is_projection_and_activation(level, kind):
-    for rows, columns, batch in ((37, 65, 1), (70, 96, 3), (9, 33, 6)):
+    for rows, columns, batch in ((37, 65, 1), (70, 96, 3), (9, 33, 6), (21, 40, 17)):
         gate, up = Matrix(rows, columns, kind, bias=True), Matrix(rows, columns, kind, gap=2)
         x = torch.randn(batch, columns)
         gates, ups = project([gate, up], x, level)

@@ -17,7 +17,7 @@ inline vf every_other(vf a, vf b, int first, std::integer_sequence<int, i...>) {
 // for each half. So x is kept as kLanes numbers of even places, then the odd ones between them, zeros after the last.
 struct PairedRows {
   using Element = Bf16;
-  static constexpr int kRowTile = kManyRegisters ? 2 : 1, kBlock = 2 * kLanes;
+  static constexpr int kMostRows = kBatchTile, kRowTile = 1, kBlock = 2 * kLanes;
 
   static std::int64_t x_stride(std::int64_t columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
   static vf scaled(vf v, const float*) { return v; }
@@ -81,7 +81,8 @@ struct PairedRows {
 // read as w + 128, and the sums begin at -128 times those of the digits.
 struct DigitRows {
   using Element = Int8;
-  static constexpr int kRowTile = 2, kBlock = 64, kDigits = 3;
+  // Of more rows, three sums each, compilers keep some in memory.
+  static constexpr int kMostRows = kFew, kRowTile = 1, kBlock = 64, kDigits = 3;
   static constexpr float kLargest = 8355000.0f;  // 127 * (1 + 256 + 65536) = 8355711, and room for rounding
   // A row: its scale in the first of 16 numbers; where the sums of each digit begin; the digits of each block.
   static constexpr std::int64_t kBegins = 16, kBlocks = kBegins + kDigits * 16;

@@ -8,10 +8,6 @@
 
 namespace dive::cpu {
 
-// Rows of the batch that share one reading of the weights from L1: with 4 rows of weights, or two sums each of 2 of
-// them, that makes 16 sums of the 32 registers that AVX-512 has.
-inline constexpr int kBatchTile = 4;
-
 // Query heads that attention takes at a time. 16 of them times a block of positions are 4 KiB of scores.
 inline constexpr int kHeadTile = 16;
 

@@ -46,13 +46,25 @@ inline void weight_block(const Weight& weight, std::int64_t n, int rows, const f
   for (int b = 0; b < count; ++b) out[b] = out[b] * scales + bias;
 }
 
+// Rows of the batch that meet a weight together. They are read again for every row of weights, so they are to fit into L1.
+int batch_tile(const Weight& weight, const Inputs& x) {
+  constexpr std::int64_t kSmallL1 = 24576;
+  int most = kFew;
+  with_rows(weight, x, [&](auto* type, const float*) {
+    using Rows = std::remove_pointer_t<decltype(type)>;
+    const std::int64_t bytes = Rows::x_stride(weight.columns) * static_cast<std::int64_t>(sizeof(float));
+    if (bytes * Rows::kMostRows <= kSmallL1) most = Rows::kMostRows;
+  });
+  return most;
+}
+
 // Calls body(n, rows, first row of the batch, rows of the batch) for every block of weights, and within it for every
-// part of the batch.
+// part of the batch, `most` rows of it or fewer.
 template <class Body>
-inline void for_blocks(std::int64_t begin, std::int64_t end, int batch, Body body) {
+inline void for_blocks(std::int64_t begin, std::int64_t end, int batch, int most, Body body) {
   for (std::int64_t n = begin; n < end; n += kLanes) {
     const int rows = end - n < kLanes ? static_cast<int>(end - n) : kLanes;
-    for (int b = 0; b < batch; b += kBatchTile) body(n, rows, b, batch - b < kBatchTile ? batch - b : kBatchTile);
+    for (int b = 0; b < batch; b += most) body(n, rows, b, batch - b < most ? batch - b : most);
   }
 }
 
@@ -84,7 +96,7 @@ void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, co
   with_rows(weight, x, [&](auto* type, const float* numbers) {
     using Rows = std::remove_pointer_t<decltype(type)>;
     const Ahead ahead = ahead_of<typename Rows::Element>(weight, end, next);
-    for_blocks(begin, end, batch, [&](std::int64_t n, int rows, int first, int count) {
+    for_blocks(begin, end, batch, batch_tile(weight, x), [&](std::int64_t n, int rows, int first, int count) {
       vf found[kBatchTile];
       weight_block<Rows>(weight, n, rows, numbers, first, count, ahead, found);
       for (int b = 0; b < count; ++b) {
@@ -105,7 +117,8 @@ void project_gated_rows(const Weight& gate, const Weight& up, std::int64_t begin
       weight_block<Rows>(weight, n, rows, numbers, first, count, ahead, found);
     });
   };
-  for_blocks(begin, end, batch, [&](std::int64_t n, int rows, int first, int count) {
+  const int gates_most = batch_tile(gate, x), ups_most = batch_tile(up, x);
+  for_blocks(begin, end, batch, gates_most < ups_most ? gates_most : ups_most, [&](std::int64_t n, int rows, int first, int count) {
     vf gates[kBatchTile], ups[kBatchTile];
     block(gate, n, rows, first, count, next, gates);
     block(up, n, rows, first, count, nullptr, ups);

@@ -94,13 +94,18 @@ inline constexpr bool kManyRegisters = true;  // 32 of them
 inline constexpr bool kManyRegisters = false;  // 16
 #endif
 
+// Rows of x that meet a weight together: their arithmetic is done while the next weights come, that of further rows is
+// not. At most kBatchTile of them; kFew where registers or L1 hold no more.
+inline constexpr int kBatchTile = kManyRegisters ? 8 : 4, kFew = 4;
+
 // Rows of weights and rows of x as they are. The tile's sums are over the columns, one vector of partial sums per row of
 // weights and row of x, in the same order whatever kR and kB are: that is what makes a row's result independent of its
 // batch. With kAsk, memory is asked for from `ahead` on.
 template <class E>
 struct PlainRows {
   using Element = E;
-  // Rows of weights that are read side by side once they are in L1, for as many sums as the registers hold.
+  static constexpr int kMostRows = kBatchTile;
+  // Rows of weights that are read side by side once they are in L1, for as many sums as the registers hold with kFew rows.
   static constexpr int kRowTile = kManyRegisters ? 4 : 2;
 
   static std::int64_t x_stride(std::int64_t columns) { return columns; }
@@ -164,19 +169,18 @@ inline void dot_block(const typename Rows::Element* w, std::int64_t w_stride, in
   for (int b = 0; b < kB; ++b) out[b] = Rows::scaled(sums(totals + b * kLanes), x + b * x_stride);
 }
 
-// The same for `batch` <= kBatchTile rows of x. Where nothing is asked for, the weights are in L1.
+// The same for `batch` <= Rows::kMostRows rows of x. Where nothing is asked for, the weights are in L1.
 template <class Rows>
 inline void dot_block(const typename Rows::Element* w, std::int64_t w_stride, int rows, const float* x, int batch,
                       std::int64_t columns, const Ahead& ahead, vf* out) {
-  const auto with = [&](auto kB) {
-    if (ahead.asks) return dot_block<Rows, 1, kB>(w, w_stride, rows, x, columns, ahead, out);
-    return dot_block<Rows, Rows::kRowTile, kB>(w, w_stride, rows, x, columns, ahead, out);
-  };
-  static_assert(kBatchTile == 4);
-  if (batch == 1) return with(std::integral_constant<int, 1>{});
-  if (batch == 2) return with(std::integral_constant<int, 2>{});
-  if (batch == 3) return with(std::integral_constant<int, 3>{});
-  return with(std::integral_constant<int, 4>{});
+  unroll<Rows::kMostRows>([&](auto before) {
+    constexpr int kB = before + 1;
+    if (batch != kB) return;
+    if constexpr (Rows::kRowTile > 1 && kB <= kFew) {
+      if (!ahead.asks) return dot_block<Rows, Rows::kRowTile, kB>(w, w_stride, rows, x, columns, ahead, out);
+    }
+    dot_block<Rows, 1, kB>(w, w_stride, rows, x, columns, ahead, out);
+  });
 }
 
 // Within 2 units in the last place. Near 0 the odd polynomial of Cephes' tanhf, beyond it the exponential.
