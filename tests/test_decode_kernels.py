@@ -155,7 +155,8 @@ def test_a_projection_depends_neither_on_threads_nor_on_the_batch(level, kind):
     for rows, columns in SHAPES:
         matrices = [Matrix(rows, columns, kind, bias=True, gap=1), Matrix(rows + 1, columns, kind)]
         x = torch.randn(17, columns)
-        alone = [torch.cat(y) for y in zip(*(project(matrices, x[b : b + 1], level, 1) for b in range(17)), strict=True)]
+        rows_alone = [project(matrices, row[None], level, 1) for row in x]
+        alone = [torch.cat(y) for y in zip(*rows_alone, strict=True)]
         for threads in (1, 2, 3):
             for batch in (*range(1, 10), 13, 17):
                 for ours, expected in zip(project(matrices, x[:batch], level, threads), alone, strict=True):

