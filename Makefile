@@ -17,11 +17,12 @@ ARGS ?= --output demo-output
 CHECK_ARGS ?=
 
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt Makefile $(shell find csrc -type f -not -path 'csrc/tests/*')
+CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 VENV_IS_WHOLE := import importlib.metadata as m; m.version("pip")
 
 .DEFAULT_GOAL := help
-.PHONY: help install test sanitize gpu-check demo lint clean distclean
+.PHONY: help install test sanitize gpu-check demo lint format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,8 +58,14 @@ gpu-check: ## build, test and measure on this machine's GPU in nine minutes (PYT
 demo: $(STAMP) ## train and compare on the bundled model and reports (ARGS="--output DIR ...")
 	$(BIN)/dive-fast demo $(ARGS)
 
-lint: $(STAMP) ## check the Python style
+lint: $(STAMP) ## check the style: Python by ruff, C++ by clang-format
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(STAMP) ## lay Python and C++ out as lint wants them
+	$(BIN)/python -m ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean: ## remove builds and caches
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .benchmarks

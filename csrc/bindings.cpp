@@ -81,13 +81,30 @@ void bind_steer(py::module_ m) {
                        Address gate_direction, Address gate_offset, Address mask, Address adapter_index,
                        Address norm_weight, bool round_before_norm_weight, int activation, bool normalize_input,
                        bool preserve_norm, float norm_eps) {
-             return SteerInputs{rows, hidden_size, rank, adapters, static_cast<DType>(dtype), pointer<void>(residual),
-                                residual_stride, pointer<void>(update), update_stride, pointer<float>(down),
-                                pointer<float>(up), pointer<float>(bias), pointer<float>(static_push),
-                                pointer<float>(alpha), pointer<float>(gate_direction), pointer<float>(gate_offset),
-                                pointer<bool>(mask), pointer<std::int32_t>(adapter_index), pointer<float>(norm_weight),
-                                round_before_norm_weight, static_cast<Activation>(activation), normalize_input,
-                                preserve_norm, norm_eps};
+             return SteerInputs{rows,
+                                hidden_size,
+                                rank,
+                                adapters,
+                                static_cast<DType>(dtype),
+                                pointer<void>(residual),
+                                residual_stride,
+                                pointer<void>(update),
+                                update_stride,
+                                pointer<float>(down),
+                                pointer<float>(up),
+                                pointer<float>(bias),
+                                pointer<float>(static_push),
+                                pointer<float>(alpha),
+                                pointer<float>(gate_direction),
+                                pointer<float>(gate_offset),
+                                pointer<bool>(mask),
+                                pointer<std::int32_t>(adapter_index),
+                                pointer<float>(norm_weight),
+                                round_before_norm_weight,
+                                static_cast<Activation>(activation),
+                                normalize_input,
+                                preserve_norm,
+                                norm_eps};
            }),
            py::kw_only(), "rows"_a, "hidden_size"_a, "rank"_a, "adapters"_a, "dtype"_a, "residual"_a,
            "residual_stride"_a, "update"_a, "update_stride"_a, "down"_a, "up"_a, "bias"_a, "static_push"_a, "alpha"_a,
@@ -185,7 +202,8 @@ void bind_linear_cross_entropy(py::module_ m) {
 }
 
 // (address, dtype, rows, columns, row stride, address of the bias, address of int8 scales)
-using WeightTuple = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t>;
+using WeightTuple =
+    std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t>;
 // (address, eps)
 using NormTuple = std::tuple<std::uintptr_t, float>;
 
@@ -200,9 +218,21 @@ dive::engine::Norm to_norm(const NormTuple& tuple) { return {pointer<float>(std:
 dive::engine::Layer to_layer(const py::dict& d) {
   const auto weight = [&](const char* name) { return to_weight(d[name].cast<WeightTuple>()); };
   const auto norm = [&](const char* name) { return to_norm(d[name].cast<NormTuple>()); };
-  return {norm("input"), norm("post_attention"), norm("mlp"), norm("post_mlp"), norm("q_norm"), norm("k_norm"),
-          weight("q"), weight("k"), weight("v"), weight("o"), weight("gate"), weight("up"), weight("down"),
-          d["rope"].cast<int>(), d["window"].cast<std::int64_t>()};
+  return {norm("input"),
+          norm("post_attention"),
+          norm("mlp"),
+          norm("post_mlp"),
+          norm("q_norm"),
+          norm("k_norm"),
+          weight("q"),
+          weight("k"),
+          weight("v"),
+          weight("o"),
+          weight("gate"),
+          weight("up"),
+          weight("down"),
+          d["rope"].cast<int>(),
+          d["window"].cast<std::int64_t>()};
 }
 
 std::optional<dive::engine::Steering> to_steering(const py::object& object) {
@@ -226,8 +256,10 @@ std::optional<dive::engine::Steering> to_steering(const py::object& object) {
 
 dive::engine::Adapter to_adapter(const py::dict& d) {
   dive::engine::Adapter adapter;
-  for (const py::handle site : d["attention"]) adapter.attention.push_back(to_steering(py::reinterpret_borrow<py::object>(site)));
-  for (const py::handle site : d["block"]) adapter.block.push_back(to_steering(py::reinterpret_borrow<py::object>(site)));
+  for (const py::handle site : d["attention"])
+    adapter.attention.push_back(to_steering(py::reinterpret_borrow<py::object>(site)));
+  for (const py::handle site : d["block"])
+    adapter.block.push_back(to_steering(py::reinterpret_borrow<py::object>(site)));
   return adapter;
 }
 
@@ -284,7 +316,8 @@ struct BoundSession {
   class Turn {
    public:
     explicit Turn(BoundSession& session) : busy_(session.busy) {
-      if (busy_.exchange(true)) throw std::runtime_error("session: a call of it is under way; only cancel() may be called");
+      if (busy_.exchange(true))
+        throw std::runtime_error("session: a call of it is under way; only cancel() may be called");
     }
     ~Turn() { busy_.store(false); }
     Turn(const Turn&) = delete;
@@ -302,7 +335,8 @@ void bind_engine(py::module_ m) {
            "`kept` holds the tensors that `values` points into; it lives as long as the plan and its sessions.");
   py::class_<TokenTexts, std::shared_ptr<TokenTexts>>(m, "TokenTexts", "The bytes that each token adds to a text.")
       .def(py::init([](const std::vector<py::bytes>& texts) { return TokenTexts{{texts.begin(), texts.end()}}; }));
-  py::class_<StopStrings, std::shared_ptr<StopStrings>>(m, "StopStrings", "What ends a row; csrc/engine/stop_strings.h.")
+  py::class_<StopStrings, std::shared_ptr<StopStrings>>(m, "StopStrings",
+                                                        "What ends a row; csrc/engine/stop_strings.h.")
       .def(py::init([](std::shared_ptr<TokenTexts> texts, std::vector<std::string> strings) {
              return StopStrings{std::move(texts), std::move(strings)};
            }),
@@ -327,14 +361,24 @@ void bind_engine(py::module_ m) {
              bool log_probs, std::vector<std::int64_t> forced, Address forced_logits,
              const std::vector<std::tuple<Address, Address, std::int64_t, std::int64_t, std::int64_t, std::int64_t>>&
                  layers) {
-            Request request{std::move(prompt), prefilled, rope_offset, std::move(adapters),
-                            {temperature, top_k, top_p, min_p, repetition_penalty, seed}, std::move(streams),
-                            {beams, length_penalty, early_stopping_from_name(early_stopping)}, std::move(eos), stop,
-                            min_new_tokens, max_new_tokens, log_probs, std::move(forced), pointer<float>(forced_logits)};
+            Request request{std::move(prompt),
+                            prefilled,
+                            rope_offset,
+                            std::move(adapters),
+                            {temperature, top_k, top_p, min_p, repetition_penalty, seed},
+                            std::move(streams),
+                            {beams, length_penalty, early_stopping_from_name(early_stopping)},
+                            std::move(eos),
+                            stop,
+                            min_new_tokens,
+                            max_new_tokens,
+                            log_probs,
+                            std::move(forced),
+                            pointer<float>(forced_logits)};
             std::vector<PrefilledLayer> found;
             for (const auto& [keys, values, keys_head, keys_position, values_head, values_position] : layers) {
-              found.push_back({pointer<void>(keys), pointer<void>(values), keys_head, keys_position, values_head,
-                               values_position});
+              found.push_back(
+                  {pointer<void>(keys), pointer<void>(values), keys_head, keys_position, values_head, values_position});
             }
             const BoundSession::Turn turn(self);
             const py::gil_scoped_release release;
@@ -393,7 +437,8 @@ void bind_engine(py::module_ m) {
       [](Address logits, std::int64_t vocabulary, float temperature, std::int64_t top_k, float top_p, float min_p,
          std::uint64_t seed, std::uint64_t stream, std::int64_t draws) {
         check(Sampling{temperature, top_k, top_p, min_p, 1.0f, seed, stream});
-        if (logits == 0 || vocabulary < 1 || draws < 0) throw std::invalid_argument("sample: needs logits and draws >= 0");
+        if (logits == 0 || vocabulary < 1 || draws < 0)
+          throw std::invalid_argument("sample: needs logits and draws >= 0");
         std::vector<std::int64_t> tokens(draws);
         const py::gil_scoped_release release;
         std::vector<float> copy;
@@ -406,14 +451,16 @@ void bind_engine(py::module_ m) {
         }
         return tokens;
       },
-      py::kw_only(), "logits"_a, "vocabulary"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "seed"_a,
-      "stream"_a, "draws"_a, "Tokens that steps 0 ... draws - 1 of a stream would draw from the same logits [V].");
-  m.def("refusal_of_cuda", [](const Plan& plan) { return dive::cuda::refusal(plan); }, "plan"_a,
-        "Why no CUDA device can run the plan, empty where one could.");
+      py::kw_only(), "logits"_a, "vocabulary"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "seed"_a, "stream"_a,
+      "draws"_a, "Tokens that steps 0 ... draws - 1 of a stream would draw from the same logits [V].");
+  m.def(
+      "refusal_of_cuda", [](const Plan& plan) { return dive::cuda::refusal(plan); }, "plan"_a,
+      "Why no CUDA device can run the plan, empty where one could.");
   m.def("uniform", &uniform, "seed"_a, "stream"_a, "step"_a, "The number in [0, 1) that a step of a stream draws.");
 }
 
-// Each function of csrc/cpu/decode.h alone, on a team of its own: for tests and benchmarks. Tensors are given by address.
+// Each function of csrc/cpu/decode.h alone, on a team of its own: for tests and benchmarks. Tensors are given by
+// address.
 void bind_decode(py::module_ m) {
   using Address = std::uintptr_t;
   using dive::cpu::Worker;
@@ -425,13 +472,17 @@ void bind_decode(py::module_ m) {
   // (blocks, bytes from a block's start to keys, to values, first, length)
   using RowTuple = std::tuple<std::vector<Address>, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
   const auto weight = [](const WeightTuple& t) {
-    return cpu::Weight{pointer<void>(std::get<0>(t)), static_cast<cpu::DType>(std::get<1>(t)),
-                       pointer<float>(std::get<2>(t)), std::get<3>(t), std::get<4>(t), std::get<5>(t),
+    return cpu::Weight{pointer<void>(std::get<0>(t)),
+                       static_cast<cpu::DType>(std::get<1>(t)),
+                       pointer<float>(std::get<2>(t)),
+                       std::get<3>(t),
+                       std::get<4>(t),
+                       std::get<5>(t),
                        pointer<float>(std::get<6>(t))};
   };
   const auto shape = [](const ShapeTuple& t) {
-    return cpu::AttentionShape{std::get<0>(t), std::get<1>(t), std::get<2>(t),
-                               static_cast<cpu::DType>(std::get<3>(t)), std::get<4>(t), std::get<5>(t)};
+    return cpu::AttentionShape{std::get<0>(t), std::get<1>(t), std::get<2>(t), static_cast<cpu::DType>(std::get<3>(t)),
+                               std::get<4>(t), std::get<5>(t)};
   };
   // The rows point into `tuples`, whose addresses become pointers where they are.
   const auto cache_rows = [](const std::vector<RowTuple>& tuples) {
@@ -458,8 +509,8 @@ void bind_decode(py::module_ m) {
     for (const cpu::Weight& w : weights) pointers.push_back(&w);
     for (const Address address : to) outputs.push_back(pointer<float>(address));
     team(isa, threads, [&](const Worker& worker) {
-      cpu::project(worker, pointers.data(), static_cast<int>(pointers.size()), pointer<float>(x), batch,
-                   outputs.data(), accumulate);
+      cpu::project(worker, pointers.data(), static_cast<int>(pointers.size()), pointer<float>(x), batch, outputs.data(),
+                   accumulate);
     });
   });
   m.def("project_gated", [=](int activation, const WeightTuple& gate, const WeightTuple& up, Address x, int batch,
@@ -469,13 +520,13 @@ void bind_decode(py::module_ m) {
                          pointer<float>(x), batch, pointer<float>(out));
     });
   });
-  m.def("quantize_int8", [=](const WeightTuple& tuple, Address out, Address scales, const std::string& isa,
-                             int threads) {
-    dive::engine::check_team(1, threads, cpu::isa_from_name(isa));
-    const py::gil_scoped_release release;
-    cpu::quantize_int8(weight(tuple), pointer<std::int8_t>(out), pointer<float>(scales), cpu::isa_from_name(isa),
-                       threads);
-  });
+  m.def("quantize_int8",
+        [=](const WeightTuple& tuple, Address out, Address scales, const std::string& isa, int threads) {
+          dive::engine::check_team(1, threads, cpu::isa_from_name(isa));
+          const py::gil_scoped_release release;
+          cpu::quantize_int8(weight(tuple), pointer<std::int8_t>(out), pointer<float>(scales), cpu::isa_from_name(isa),
+                             threads);
+        });
   m.def("rms_norm", [=](Address x, Address norm_weight, float eps, std::int64_t rows, std::int64_t size, Address out,
                         const std::string& isa, int threads) {
     team(isa, threads, [&](const Worker& worker) {
@@ -525,12 +576,12 @@ void bind_decode(py::module_ m) {
       cpu::embed(worker, weight(embedding), pointer<std::int64_t>(tokens), batch, scale, pointer<float>(out));
     });
   });
-  m.def("argmax", [=](Address logits, int batch, std::int64_t vocabulary, Address found, const std::string& isa,
-                      int threads) {
-    team(isa, threads, [&](const Worker& worker) {
-      cpu::argmax(worker, pointer<float>(logits), batch, vocabulary, pointer<std::int64_t>(found));
-    });
-  });
+  m.def("argmax",
+        [=](Address logits, int batch, std::int64_t vocabulary, Address found, const std::string& isa, int threads) {
+          team(isa, threads, [&](const Worker& worker) {
+            cpu::argmax(worker, pointer<float>(logits), batch, vocabulary, pointer<std::int64_t>(found));
+          });
+        });
   m.def("read_memory", [](Address data, std::int64_t bytes, const std::string& isa, int threads) {
     dive::engine::check_team(1, threads, cpu::isa_from_name(isa));
     const py::gil_scoped_release release;

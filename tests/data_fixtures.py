@@ -1,6 +1,6 @@
 """Data sets of invented studies in exactly the published layouts, built into a folder; no text or film of them is real.
 
-    python tests/data_fixtures.py FOLDER    # writes all of them, to look at or to try the command line on
+python tests/data_fixtures.py FOLDER    # writes all of them, to look at or to try the command line on
 """
 
 import csv

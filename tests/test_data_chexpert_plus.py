@@ -26,9 +26,7 @@ def told(call, *words):
 def test_rows_become_studies(root):
     (record,) = records = load_chexpert_plus(root)
     assert record.id == "patient00001/study1"
-    assert record.prompt == (
-        "Indication: 61 years old, invented dyspnea\nDescribe the findings of the chest X-ray."
-    )
+    assert record.prompt == "Indication: 61 years old, invented dyspnea\nDescribe the findings of the chest X-ray."
     assert record.report == "1. Invented effusion."
     assert record.images == (str(root / "train/patient00001/study1/view1_frontal.jpg"),)
     assert record.meta == {

@@ -1,6 +1,5 @@
 """The Indiana University X-rays as Kaggle and as R2Gen publish them."""
 
-
 import pytest
 
 from dive_fast.data import load_data, load_iu_kaggle, load_iu_r2gen

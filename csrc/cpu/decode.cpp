@@ -23,9 +23,9 @@ constexpr std::int64_t kRowUnit = 4;
 // Elementwise work is divided at whole vectors of the widest level.
 constexpr std::int64_t kElementUnit = 16;
 
-// A row's positions are attended to in pieces of whole blocks, and in at most this many pieces (one more where the first
-// position is inside a block): enough of them for all workers, few enough that merging costs little. The pieces depend
-// on the row alone, and so does its result.
+// A row's positions are attended to in pieces of whole blocks, and in at most this many pieces (one more where the
+// first position is inside a block): enough of them for all workers, few enough that merging costs little. The pieces
+// depend on the row alone, and so does its result.
 constexpr std::int64_t kMostPieces = 16;
 
 struct Range {
@@ -238,8 +238,8 @@ void attention(const Worker& worker, const AttentionShape& shape, const float* q
   }
   float* const partials = shared_scratch(worker, pieces * shape.heads * partial);
 
-  // Pieces lie in the order [row][head][piece]. They are computed block by block, whose heads are side by side in memory,
-  // and dealt out by positions: those whose middle lies in a worker's share.
+  // Pieces lie in the order [row][head][piece]. They are computed block by block, whose heads are side by side in
+  // memory, and dealt out by positions: those whose middle lies in a worker's share.
   std::int64_t before = 0;
   float* to = partials;
   for (int b = 0; b < batch; ++b) {

@@ -1,4 +1,5 @@
-// Attention of one position over a cache: a block of positions at a time, keys, softmax and values while they are in L1.
+// Attention of one position over a cache: a block of positions at a time, keys, softmax and values while they are in
+// L1.
 #include "cpu/decode_rows.h"
 
 namespace dive::cpu::DIVE_ISA {
@@ -59,16 +60,15 @@ inline float soften(float* scores, float& largest, float& total) {
   return factor;
 }
 
-// out[h][0 ... kC vectors) = factors[h] * itself + sum over s of scores[h][s] * values[s]. The next values lie `ahead` bytes
-// further on and come while these are added.
+// out[h][0 ... kC vectors) = factors[h] * itself + sum over s of scores[h][s] * values[s]. The next values lie `ahead`
+// bytes further on and come while these are added.
 template <int kH, int kC, bool kWhole, class Element>
 inline void gather_tile(const Element* values, std::int64_t E, int lanes, int count, std::int64_t ahead,
                         const float (*scores)[kPositions], const float* factors, float* out, std::int64_t out_stride) {
   constexpr int kVector = static_cast<int>(kLanes * sizeof(Element)), kLine = kVector < 64 ? 64 / kVector : 1;
   vf sums[kH][kC];
-  const auto load_at = [&](const auto* p) __attribute__((always_inline)) {
-    return kWhole ? load(p) : load_partial(p, lanes);
-  };
+  const auto load_at = [&](const auto* p)
+                           __attribute__((always_inline)) { return kWhole ? load(p) : load_partial(p, lanes); };
   unroll<kH>([&](auto h) {
     unroll<kC>([&](auto c) { sums[h][c] = load_at(out + h * out_stride + c * kLanes) * splat(factors[h]); });
   });
@@ -126,7 +126,8 @@ void attend(const AttentionShape& shape, const float* q, int heads, const CacheR
   int count;
   for (std::int64_t s = begin; s < end; s += count) {
     const std::int64_t block = s / kPositions, next = (block + 1) * kPositions;
-    const std::int64_t offset = (kv_head * kPositions + s % kPositions) * E * static_cast<std::int64_t>(sizeof(Element));
+    const std::int64_t offset =
+        (kv_head * kPositions + s % kPositions) * E * static_cast<std::int64_t>(sizeof(Element));
     const auto* keys = reinterpret_cast<const Element*>(row.blocks[block] + row.keys + offset);
     const auto* values = reinterpret_cast<const Element*>(row.blocks[block] + row.values + offset);
     const std::int64_t ahead = next < row.length ? row.blocks[block + 1] - row.blocks[block] : 0;

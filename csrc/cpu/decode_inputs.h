@@ -12,9 +12,10 @@ inline vf every_other(vf a, vf b, int first, std::integer_sequence<int, i...>) {
   return first ? __builtin_shufflevector(a, b, (2 * i + 1)...) : __builtin_shufflevector(a, b, (2 * i)...);
 }
 
-// Of 2 kLanes bfloat16 weights at a time, as kLanes 32-bit numbers, a shift widens those at even places and a mask those
-// at odd ones: a load and two instructions, where widening half a vector's numbers in their order takes a load and two
-// for each half. So x is kept as kLanes numbers of even places, then the odd ones between them, zeros after the last.
+// Of 2 kLanes bfloat16 weights at a time, as kLanes 32-bit numbers, a shift widens those at even places and a mask
+// those at odd ones: a load and two instructions, where widening half a vector's numbers in their order takes a load
+// and two for each half. So x is kept as kLanes numbers of even places, then the odd ones between them, zeros after the
+// last.
 struct PairedRows {
   using Element = Bf16;
   static constexpr int kMostRows = kBatchTile, kRowTile = 1, kBlock = 2 * kLanes;
@@ -39,7 +40,9 @@ struct PairedRows {
     constexpr int kSteps = kLineBytes / static_cast<int>(kBlock * sizeof(Bf16));
     const std::int64_t stride = x_stride(columns);
     vf even[kB][kR], odd[kB][kR];
-    unroll<kB>([&](auto b) __attribute__((always_inline)) { unroll<kR>([&](auto r) __attribute__((always_inline)) { even[b][r] = odd[b][r] = vf{}; }); });
+    unroll<kB>([&](auto b) __attribute__((always_inline)) {
+      unroll<kR>([&](auto r) __attribute__((always_inline)) { even[b][r] = odd[b][r] = vf{}; });
+    });
     const auto add = [&](std::int64_t k, auto load_at) __attribute__((always_inline)) {
       vu weights[kR];
       unroll<kR>([&](auto r) __attribute__((always_inline)) { weights[r] = load_at(w + r * w_stride + k); });
@@ -70,15 +73,17 @@ struct PairedRows {
         return words;
       });
     }
-    unroll<kB>([&](auto b) __attribute__((always_inline)) { unroll<kR>([&](auto r) __attribute__((always_inline)) { totals[b * kLanes + r] = even[b][r] + odd[b][r]; }); });
+    unroll<kB>([&](auto b) __attribute__((always_inline)) {
+      unroll<kR>([&](auto r) __attribute__((always_inline)) { totals[b * kLanes + r] = even[b][r] + odd[b][r]; });
+    });
   }
 };
 
 #if defined(__AVX512VNNI__)
 // One instruction adds 64 products of bytes, exactly. So x is kept as integers of 23 bits and a sign, x = scale * n, in
-// three signed digits, n = d0 + 256 d1 + 65536 d2: what n lacks is at most half of 2^-22.99 of the row's largest number,
-// as much as float32 loses of a sum of which that number is a term. One factor of a product must be unsigned: weights are
-// read as w + 128, and the sums begin at -128 times those of the digits.
+// three signed digits, n = d0 + 256 d1 + 65536 d2: what n lacks is at most half of 2^-22.99 of the row's largest
+// number, as much as float32 loses of a sum of which that number is a term. One factor of a product must be unsigned:
+// weights are read as w + 128, and the sums begin at -128 times those of the digits.
 struct DigitRows {
   using Element = Int8;
   // Of more rows, three sums each, GCC 12 keeps some in memory.
@@ -87,10 +92,14 @@ struct DigitRows {
   // A row: its scale in the first of 16 numbers; where the sums of each digit begin; the digits of each block.
   static constexpr std::int64_t kBegins = 16, kBlocks = kBegins + kDigits * 16;
 
-  static std::int64_t x_stride(std::int64_t columns) { return kBlocks + (columns + kBlock - 1) / kBlock * kDigits * 16; }
+  static std::int64_t x_stride(std::int64_t columns) {
+    return kBlocks + (columns + kBlock - 1) / kBlock * kDigits * 16;
+  }
   static vf scaled(vf v, const float* x) { return v * splat(*x); }
 
-  static const float* digits(const float* x, std::int64_t k, int i) { return x + kBlocks + (k / kBlock * kDigits + i) * 16; }
+  static const float* digits(const float* x, std::int64_t k, int i) {
+    return x + kBlocks + (k / kBlock * kDigits + i) * 16;
+  }
   static __m512i bits(const void* p) { return _mm512_loadu_si512(p); }
 
   static void arrange(const float* x, std::int64_t columns, float* out) {
@@ -134,16 +143,21 @@ struct DigitRows {
     __m512i sums[kB][kR][kDigits];
     unroll<kB>([&](auto b) __attribute__((always_inline)) {
       unroll<kR>([&](auto r) __attribute__((always_inline)) {
-        unroll<kDigits>([&](auto i) __attribute__((always_inline)) { sums[b][r][i] = bits(x + b * stride + kBegins + i * 16); });
+        unroll<kDigits>(
+            [&](auto i) __attribute__((always_inline)) { sums[b][r][i] = bits(x + b * stride + kBegins + i * 16); });
       });
     });
     const auto add = [&](std::int64_t k, auto load_at) __attribute__((always_inline)) {
       __m512i weights[kR];
-      unroll<kR>([&](auto r) __attribute__((always_inline)) { weights[r] = _mm512_xor_si512(load_at(w + r * w_stride + k), _mm512_set1_epi8(-128)); });
+      unroll<kR>([&](auto r) __attribute__((always_inline)) {
+        weights[r] = _mm512_xor_si512(load_at(w + r * w_stride + k), _mm512_set1_epi8(-128));
+      });
       unroll<kB>([&](auto b) __attribute__((always_inline)) {
         unroll<kDigits>([&](auto i) __attribute__((always_inline)) {
           const __m512i numbers = bits(digits(x + b * stride, k, i));
-          unroll<kR>([&](auto r) __attribute__((always_inline)) { sums[b][r][i] = _mm512_dpbusd_epi32(sums[b][r][i], weights[r], numbers); });
+          unroll<kR>([&](auto r) __attribute__((always_inline)) {
+            sums[b][r][i] = _mm512_dpbusd_epi32(sums[b][r][i], weights[r], numbers);
+          });
         });
       });
     };

@@ -26,8 +26,8 @@ DIVE_DECLARE_VARIANTS(void arrange_digits(const float* x, int batch, std::int64_
 DIVE_DECLARE_VARIANTS(void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, const Inputs& x,
                                         int batch, float* outputs, bool add, const void* next))
 DIVE_DECLARE_VARIANTS(void project_gated_rows(const Weight& gate, const Weight& up, std::int64_t begin,
-                                              std::int64_t end, const Inputs& x, int batch,
-                                              GatedActivation activation, float* outputs, const void* next))
+                                              std::int64_t end, const Inputs& x, int batch, GatedActivation activation,
+                                              float* outputs, const void* next))
 DIVE_DECLARE_VARIANTS(void quantize_rows(const Weight& weight, std::int64_t begin, std::int64_t end, std::int8_t* out,
                                          float* scales))
 DIVE_DECLARE_VARIANTS(void embed_row(const Weight& embedding, std::int64_t token, float scale, float* out))
@@ -42,8 +42,8 @@ DIVE_DECLARE_VARIANTS(void narrow_range(const float* x, std::int64_t count, DTyp
 DIVE_DECLARE_VARIANTS(std::uint32_t read_range(const void* data, std::int64_t bytes))
 DIVE_DECLARE_VARIANTS(std::int64_t argmax_range(const float* x, std::int64_t count))
 
-// Positions [begin, end) of one key/value head's cache for the H / G query heads that share it: q and partials hold them
-// one after the other.
+// Positions [begin, end) of one key/value head's cache for the H / G query heads that share it: q and partials hold
+// them one after the other.
 DIVE_DECLARE_VARIANTS(void attend_positions(const AttentionShape& shape, const float* q, const CacheRow& row,
                                             int kv_head, std::int64_t begin, std::int64_t end, float* partials))
 // out[E] from `count` partials of one query head, `stride` apart.

@@ -69,8 +69,8 @@ inline void with_elements(DType dtype, bool int8, F f) {
 // fast, the second a step with int8 weights 1.2 times.
 inline constexpr std::int64_t kPagesAhead = 32768, kTouch = 2304, kLinesAhead = 6144;
 
-// Where the reader's share of a matrix ends, at `end`, it goes on at `next`, so that its next share is on its way when the
-// workers have met. Without `next` it asks for what lies behind the end.
+// Where the reader's share of a matrix ends, at `end`, it goes on at `next`, so that its next share is on its way when
+// the workers have met. Without `next` it asks for what lies behind the end.
 struct Ahead {
   bool asks = false;
   const char* end = nullptr;
@@ -98,9 +98,9 @@ inline constexpr bool kManyRegisters = false;  // 16
 // not. At most kBatchTile of them; kFew where registers or L1 hold no more.
 inline constexpr int kBatchTile = kManyRegisters ? 8 : 4, kFew = 4;
 
-// Rows of weights and rows of x as they are. The tile's sums are over the columns, one vector of partial sums per row of
-// weights and row of x, in the same order whatever kR and kB are: that is what makes a row's result independent of its
-// batch. With kAsk, memory is asked for from `ahead` on.
+// Rows of weights and rows of x as they are. The tile's sums are over the columns, one vector of partial sums per row
+// of weights and row of x, in the same order whatever kR and kB are: that is what makes a row's result independent of
+// its batch. With kAsk, memory is asked for from `ahead` on.
 template <class E>
 struct PlainRows {
   using Element = E;
@@ -112,8 +112,8 @@ struct PlainRows {
   static vf scaled(vf v, const float*) { return v; }
 
   template <int kR, int kB, bool kAsk>
-  [[gnu::always_inline]] static void tile(const Element* w, std::int64_t w_stride, const float* x,
-                                          std::int64_t columns, const char* ahead, vf* totals) {
+  [[gnu::always_inline]] static void tile(const Element* w, std::int64_t w_stride, const float* x, std::int64_t columns,
+                                          const char* ahead, vf* totals) {
     // Vectors in a cache line of weights; four steps at a time at most, lest the code grow.
     constexpr int kLine = kLineBytes / static_cast<int>(kLanes * sizeof(Element));
     constexpr int kSteps = kLine < 1 ? 1 : kLine > 4 ? 4 : kLine;

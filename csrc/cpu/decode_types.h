@@ -10,12 +10,12 @@
 namespace dive::cpu {
 
 struct Weight {
-  const void* data;          // [N][K]
-  DType dtype;               // of data, where scales is null
-  const float* scales;       // [N]: data is int8 and row n stands for data[n] * scales[n]; or null
+  const void* data;     // [N][K]
+  DType dtype;          // of data, where scales is null
+  const float* scales;  // [N]: data is int8 and row n stands for data[n] * scales[n]; or null
   std::int64_t rows, columns;
-  std::int64_t row_stride;   // in elements
-  const float* bias;         // [N] or null
+  std::int64_t row_stride;  // in elements
+  const float* bias;        // [N] or null
 };
 
 // Rows of activations for a projection, also in the forms in which kernels read them beside some kinds of weights (see
@@ -27,8 +27,8 @@ struct Inputs {
 };
 
 // An adapter's two matrices are stored in the order in which a step reads them, block of ranks by block of ranks: that
-// many rows of `down` [ranks][padded D], then their columns of `up` as [padded D / kRankPanel][ranks][kRankPanel], zeros in the
-// padding. So a worker's share is one stream, which is asked for ahead as those of weights are.
+// many rows of `down` [ranks][padded D], then their columns of `up` as [padded D / kRankPanel][ranks][kRankPanel],
+// zeros in the padding. So a worker's share is one stream, which is asked for ahead as those of weights are.
 inline constexpr int kRankBlock = 8;
 inline constexpr int kRankPanel = 16;
 

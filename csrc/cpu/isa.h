@@ -28,12 +28,12 @@ Isa isa_from_name(const std::string& name);
 // Declares a kernel's variants: DIVE_DECLARE_VARIANTS(void f(int)) declares portable::f, avx2::f, ... in namespace
 // dive::cpu. DIVE_DISPATCH(isa, f, arguments...) calls the one of the level `isa`.
 #if defined(DIVE_X86_VARIANTS)
-#define DIVE_DECLARE_VARIANTS(...)              \
-  namespace portable { __VA_ARGS__; }           \
-  namespace avx2 { __VA_ARGS__; }               \
-  namespace avx512 { __VA_ARGS__; }             \
+#define DIVE_DECLARE_VARIANTS(...)    \
+  namespace portable { __VA_ARGS__; } \
+  namespace avx2 { __VA_ARGS__; }     \
+  namespace avx512 { __VA_ARGS__; }   \
   namespace avx512_bf16 { __VA_ARGS__; }
-#define DIVE_DISPATCH(isa, function, ...)                                              \
+#define DIVE_DISPATCH(isa, function, ...)                                                   \
   ((isa) == ::dive::cpu::Isa::kAvx512Bf16 ? ::dive::cpu::avx512_bf16::function(__VA_ARGS__) \
    : (isa) == ::dive::cpu::Isa::kAvx512   ? ::dive::cpu::avx512::function(__VA_ARGS__)      \
    : (isa) == ::dive::cpu::Isa::kAvx2     ? ::dive::cpu::avx2::function(__VA_ARGS__)        \

@@ -135,11 +135,8 @@ class Run {
 };
 
 Run::Run(const LinearCrossEntropy& problem)
-    : p_(problem),
-      blocking_(DIVE_DISPATCH(p_.isa, blocking, p_)),
-      online_(p_.teacher_hidden.data != nullptr),
-      statistics_(p_.tail_mean_weight != nullptr),
-      wants_gradient_(p_.gradient != nullptr),
+    : p_(problem), blocking_(DIVE_DISPATCH(p_.isa, blocking, p_)), online_(p_.teacher_hidden.data != nullptr),
+      statistics_(p_.tail_mean_weight != nullptr), wants_gradient_(p_.gradient != nullptr),
       class_weight_sum_(static_cast<double>(p_.vocabulary)) {
   if (p_.class_weights != nullptr) {
     class_weight_sum_ = 0;

@@ -11,8 +11,8 @@ namespace dive::cpu::DIVE_ISA {
 template <int kWidth, int kUpper, int... kLane>
 inline vf halves(vf a, vf b, std::integer_sequence<int, kLane...>) {
   constexpr int kHalf = kWidth / 2;
-  return __builtin_shufflevector(a, b, (kLane / kWidth * kWidth + kLane % kHalf + kUpper * kHalf +
-                                        (kLane % kWidth < kHalf ? 0 : kLanes))...);
+  return __builtin_shufflevector(
+      a, b, (kLane / kWidth * kWidth + kLane % kHalf + kUpper * kHalf + (kLane % kWidth < kHalf ? 0 : kLanes))...);
 }
 
 // Lane i of the result is the sum of the lanes of v[i]; v is used up.

@@ -146,9 +146,14 @@ class Partials {
     std::fill(base, base + size_, 0.0f);
     const auto at = [&](std::int64_t offset) { return offset < 0 ? nullptr : base + offset; };
     double* numbers = numbers_.data() + 2 * chunk;
-    return {at(down_),           at(up_),          at(bias_),
-            at(static_push_),    at(gate_direction_), at(norm_weight_),
-            wants_alpha_ ? numbers : nullptr, wants_gate_offset_ ? numbers + 1 : nullptr};
+    return {at(down_),
+            at(up_),
+            at(bias_),
+            at(static_push_),
+            at(gate_direction_),
+            at(norm_weight_),
+            wants_alpha_ ? numbers : nullptr,
+            wants_gate_offset_ ? numbers + 1 : nullptr};
   }
 
   // Adds all chunks into the first, in their order; columns may be shared among threads, for each has its own sum.

@@ -21,18 +21,18 @@ enum class Activation { kSilu, kIdentity, kRelu, kGelu, kTanh };
 // Memory is the caller's, rows have unit inner stride, adapters are stacked and contiguous. Null means absent.
 struct SteerInputs {
   std::int64_t rows, hidden_size, rank, adapters;
-  DType dtype;            // of residual, update, the two outputs and their gradients
-  const void* residual;   // [T, D]
+  DType dtype;                   // of residual, update, the two outputs and their gradients
+  const void* residual;          // [T, D]
   std::int64_t residual_stride;  // elements from one row to the next
-  const void* update;     // [T, D]
+  const void* update;            // [T, D]
   std::int64_t update_stride;
-  const float* down;            // [A, R, D]; with up or not at all
-  const float* up;              // [A, D, R]
-  const float* bias;            // [A, R]
-  const float* static_push;     // [A, D]
-  const float* alpha;           // [A]
-  const float* gate_direction;  // [A, D]; with gate_offset or not at all
-  const float* gate_offset;     // [A]
+  const float* down;                  // [A, R, D]; with up or not at all
+  const float* up;                    // [A, D, R]
+  const float* bias;                  // [A, R]
+  const float* static_push;           // [A, D]
+  const float* alpha;                 // [A]
+  const float* gate_direction;        // [A, D]; with gate_offset or not at all
+  const float* gate_offset;           // [A]
   const bool* mask;                   // [T]; false: the row is h, bit for bit
   const std::int32_t* adapter_index;  // [T], -1: the row is h; null: adapter 0 everywhere
   const float* norm_weight;           // [D]

@@ -22,8 +22,8 @@ void push_panel(const SteerInputs& in, const Adapter& adapter, const float* up_t
                 std::int64_t d, std::int64_t width, float* push, std::int64_t stride_push) {
   const std::int64_t R = in.rank, stride_a = padded_size(R);
   if (R && up_transposed) {
-    outer({a, stride_a, 1}, m, R, up_transposed + d, padded_size(in.hidden_size), padded_size(width), push,
-          stride_push, false);
+    outer({a, stride_a, 1}, m, R, up_transposed + d, padded_size(in.hidden_size), padded_size(width), push, stride_push,
+          false);
   } else {
     for (int i = 0; i < m; ++i) memset(push + i * stride_push, 0, sizeof(float) * padded_size(width));
     if (R) add_dots(a, stride_a, m, adapter.up + d * R, R, width, R, push, stride_push);
@@ -157,8 +157,8 @@ void norm_backward(const SteerInputs& in, const Element* grad_normalized, Steere
 
 // From the gradient of h' * |h| / |h'| in g to that of h' before the scaling; returns what h gets through |h|, as a
 // multiple of h.
-float length_backward(float before, float after, float factor, const float* x, const float* push, float scale,
-                      float* g, std::int64_t D) {
+float length_backward(float before, float after, float factor, const float* x, const float* push, float scale, float* g,
+                      std::int64_t D) {
   const auto unscaled = [&](std::int64_t i) { return moved(load(x + i), load(push + i), splat(scale)); };
   const float along = sum_over(D, [&](std::int64_t i) { return unscaled(i) * load(g + i); });
   const vf share = splat(after > 0.0f ? along / after : 0.0f);

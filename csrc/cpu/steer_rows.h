@@ -1,4 +1,5 @@
-// What rows of the steering kernels are made of. For steer_kernel.cpp and step_steer_kernel.cpp. D hidden size, R adapter rank.
+// What rows of the steering kernels are made of. For steer_kernel.cpp and step_steer_kernel.cpp. D hidden size, R
+// adapter rank.
 #pragma once
 
 #include <math.h>
@@ -20,8 +21,12 @@ struct Adapter {
 inline Adapter adapter_of(const SteerInputs& in, std::int64_t index) {
   const std::int64_t D = in.hidden_size, R = in.rank;
   const auto at = [&](const float* stack, std::int64_t size) { return stack ? stack + index * size : nullptr; };
-  return {at(in.down, R * D),        at(in.up, D * R),    at(in.bias, R),
-          at(in.static_push, D),     at(in.gate_direction, D), in.alpha[index],
+  return {at(in.down, R * D),
+          at(in.up, D * R),
+          at(in.bias, R),
+          at(in.static_push, D),
+          at(in.gate_direction, D),
+          in.alpha[index],
           in.gate_offset ? in.gate_offset[index] : 0.0f};
 }
 

@@ -35,7 +35,8 @@ struct Shared {
 class CpuStepper final : public engine::Stepper {
  public:
   CpuStepper(const Plan& plan, int max_rows, int threads, Isa isa)
-      : plan_(plan), max_rows_(max_rows), threads_(threads), isa_(isa), private_(threads), steer_(plan, max_rows, threads) {
+      : plan_(plan), max_rows_(max_rows), threads_(threads), isa_(isa), private_(threads),
+        steer_(plan, max_rows, threads) {
     const std::int64_t B = max_rows, D = plan.hidden_size, E = plan.head_size;
     const std::int64_t widest = std::max({D, plan.heads * E, plan.intermediate_size});
     for (Private& own : private_) {
@@ -54,12 +55,14 @@ class CpuStepper final : public engine::Stepper {
     shared_.cosine.resize(plan.ropes.size() * B * E);
     shared_.sine.resize(plan.ropes.size() * B * E);
     shared_.caches.resize(plan.layers.size() * B);
-    shape_ = {plan.heads, plan.kv_heads, plan.head_size, plan.cache_dtype, plan.attention_scale, plan.attention_softcap};
+    shape_ = {plan.heads,       plan.kv_heads,        plan.head_size,
+              plan.cache_dtype, plan.attention_scale, plan.attention_softcap};
   }
 
   void step(const std::vector<StepRow>& rows,
             const std::function<void(std::size_t, float*, std::int64_t)>& with_logits) override {
-    if (rows.empty() || rows.size() > static_cast<std::size_t>(max_rows_)) throw std::logic_error("step: bad row count");
+    if (rows.empty() || rows.size() > static_cast<std::size_t>(max_rows_))
+      throw std::logic_error("step: bad row count");
     prepare(rows);
     run_team(threads_, isa_, [&](const Worker& member) {
       Worker worker = member;
@@ -138,7 +141,8 @@ class CpuStepper final : public engine::Stepper {
     project(worker, inputs, 3, own.normed.data(), B, outputs, false, first_read(worker, &o, 1));
     worker.sync();
     const CacheRow* caches = shared_.caches.data() + l * B;
-    // Heads are dealt out alike in all five, so that one barrier serves them; whole rows of a batch that divides evenly.
+    // Heads are dealt out alike in all five, so that one barrier serves them; whole rows of a batch that divides
+    // evenly.
     float *const q = shared_.q.data(), *const k = shared_.k.data();
     const float* cosine = shared_.cosine.data() + std::int64_t{layer.rope} * B * E;
     const float* sine = shared_.sine.data() + std::int64_t{layer.rope} * B * E;

@@ -8,8 +8,8 @@ namespace dive::cpu {
 namespace {
 
 // An adapter's ranks are dealt out in this many pieces, whose products are summed pair by pair, so that a row's result
-// does not depend on who computed which. With one worker per piece or fewer, and a power of two of them, each leaves one
-// sum, else every piece its own.
+// does not depend on who computed which. With one worker per piece or fewer, and a power of two of them, each leaves
+// one sum, else every piece its own.
 constexpr int kPieces = 8;
 
 int count_nodes(int threads) {
@@ -121,8 +121,8 @@ StepSteering::Division StepSteering::division(const Worker& worker, const std::v
 }
 
 // Of parts `part` and after.
-const void* StepSteering::first_read(const Division& mine, const std::vector<Part>& parts,
-                                     std::size_t part, const void* next) {
+const void* StepSteering::first_read(const Division& mine, const std::vector<Part>& parts, std::size_t part,
+                                     const void* next) {
   for (; part < parts.size(); ++part) {
     const engine::Steering& s = *parts[part].steering;
     if (s.rank && has_ranks(s, mine.begin * mine.pieces, (mine.end - mine.begin) * mine.pieces)) {
@@ -138,8 +138,7 @@ void StepSteering::multiply(const Job& job, int first, int count, float* spare, 
   const int rows = static_cast<int>(job.part->rows->size()), half = count / 2;
   if (count == 1) {
     DIVE_DISPATCH(job.isa, push_products, s.matrices, s.bias, s.activation, blocks_before(s, first),
-                  blocks_before(s, first + 1), job.inputs, rows, plan_.hidden_size, out, job.end,
-                  job.next);
+                  blocks_before(s, first + 1), job.inputs, rows, plan_.hidden_size, out, job.end, job.next);
     return;
   }
   const bool left = has_ranks(s, first, half), right = has_ranks(s, first + half, half);

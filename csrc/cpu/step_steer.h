@@ -24,8 +24,8 @@ class StepSteering {
   // reads afterwards.
   void apply(const Worker& worker, std::size_t layer, SteerPlace place, float* stream, const void* next);
 
-  // Before what is steered is computed: asks for the vectors of apply(), and says where the worker begins to read there,
-  // `next` where it reads nothing.
+  // Before what is steered is computed: asks for the vectors of apply(), and says where the worker begins to read
+  // there, `next` where it reads nothing.
   const void* first_read(const Worker& worker, std::size_t layer, SteerPlace place, const void* next);
 
  private:

@@ -25,8 +25,8 @@ DIVE_DECLARE_VARIANTS(void normalize_input_row(const float* h, std::int64_t size
 // `count` rows of x [count][D]; end > begin. `matrices` are stored as kRankBlock says. At the address `share_end` the
 // caller's share of them ends, and it reads from `next` on afterwards (null: it is not known).
 DIVE_DECLARE_VARIANTS(void push_products(const Weight& matrices, const float* bias, Activation activation,
-                                         std::int64_t begin, std::int64_t end, const float* x, int count, std::int64_t D, float* out,
-                                         const void* share_end, const void* next))
+                                         std::int64_t begin, std::int64_t end, const float* x, int count,
+                                         std::int64_t D, float* out, const void* share_end, const void* next))
 
 // h becomes h', from the product of the two matrices, which is the sum of `count` <= 8 vectors, a power of two, pair by
 // pair. One that is null counts as zeros.

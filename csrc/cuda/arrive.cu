@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 static_assert(kWarps == cpu::kRankBlock, "a warp has one rank of every block of ranks");
-constexpr int kGroup = 8 * kWarp;  // columns of a slice that the lanes of a warp have at a time
+constexpr int kGroup = 8 * kWarp;       // columns of a slice that the lanes of a warp have at a time
 constexpr float kInputRmsEps = 1e-12f;  // as in csrc/cpu/steer_rows.h
 // Ranks whose numbers, of half precision, are brought into shared memory while the kernel waits. With registers in its
 // place a block would not fit beside those of the kernel before.
@@ -50,15 +50,15 @@ struct Layout {
     };
     // [down, up][ranks][width] in half precision
     ahead = take(half ? (most_rank < kAhead ? most_rank : kAhead) * width : 0);
-    h = take(rows * width);                   // [rows][width]
-    meeting = take(kWarps * rows * kGroup);   // [warps][rows][kGroup]: parts of the push
-    warps = take(rows * kWarps);              // [rows][warps]: parts of a sum
-    post = take(rows);                        // what the cluster's blocks read: |update|^2,
-    down = take(rows * (most_rank + 2));      // the first product, |h|^2 and the gate's,
-    norm = take(rows);                        // |h'|^2
+    h = take(rows * width);                  // [rows][width]
+    meeting = take(kWarps * rows * kGroup);  // [warps][rows][kGroup]: parts of the push
+    warps = take(rows * kWarps);             // [rows][warps]: parts of a sum
+    post = take(rows);                       // what the cluster's blocks read: |update|^2,
+    down = take(rows * (most_rank + 2));     // the first product, |h|^2 and the gate's,
+    norm = take(rows);                       // |h'|^2
     totals = take(rows * (most_rank + 2));
     activated = take(rows * most_rank);
-    scales = take(2 * rows);                  // of a row: what it, and what its normed form, is multiplied by
+    scales = take(2 * rows);  // of a row: what it, and what its normed form, is multiplied by
     size = next;
   }
 };
@@ -75,8 +75,8 @@ struct Tile {
 
   __device__ Tile(const Steer& arguments, int batch, float* memory)
       : a(arguments), first_row(blockIdx.y * kRows), rows(min(kRows, batch - first_row)),
-        slice(arguments.hidden_size, cluster_size(), cluster_rank()), at(kRows, slice.width, arguments.most_rank, kHalf),
-        shared(memory), steering(nullptr), acts(0) {
+        slice(arguments.hidden_size, cluster_size(), cluster_rank()),
+        at(kRows, slice.width, arguments.most_rank, kHalf), shared(memory), steering(nullptr), acts(0) {
     for (int b = 0; a.steerings && b < rows; ++b) {
       const int adapter = a.adapters[first_row + b];
       if (adapter < 0) continue;
@@ -87,7 +87,9 @@ struct Tile {
     }
   }
 
-  __device__ std::int64_t row(int b) const { return static_cast<std::int64_t>(first_row + b) * a.hidden_size + slice.first; }
+  __device__ std::int64_t row(int b) const {
+    return static_cast<std::int64_t>(first_row + b) * a.hidden_size + slice.first;
+  }
   __device__ float* h(int b) const { return shared + at.h + b * slice.width; }
   __device__ float* down(int b) const { return shared + at.down + b * (a.most_rank + 2); }
   __device__ float* totals(int b) const { return shared + at.totals + b * (a.most_rank + 2); }
@@ -130,7 +132,8 @@ struct Tile {
       });
       cluster_sync();
       if (threadIdx.x < static_cast<unsigned>(rows)) {
-        shared[at.scales + threadIdx.x] = 1.0f / sqrtf(gathered(shared + at.post + threadIdx.x) / a.hidden_size + a.post.eps);
+        shared[at.scales + threadIdx.x] =
+            1.0f / sqrtf(gathered(shared + at.post + threadIdx.x) / a.hidden_size + a.post.eps);
       }
       __syncthreads();
     }
@@ -155,7 +158,8 @@ struct Tile {
     const int before = rank / cpu::kRankBlock * cpu::kRankBlock, ranks = min(cpu::kRankBlock, steering->rank - before);
     const int panel = (slice.first + column) / cpu::kRankPanel;
     return (2 * static_cast<std::int64_t>(before) + ranks) * steering->columns +
-           (static_cast<std::int64_t>(panel) * ranks + rank % cpu::kRankBlock) * cpu::kRankPanel + column % cpu::kRankPanel;
+           (static_cast<std::int64_t>(panel) * ranks + rank % cpu::kRankBlock) * cpu::kRankPanel +
+           column % cpu::kRankPanel;
   }
 
   // Where 16 bytes of the first (0) or second matrix are brought to; a thread finds its own there.
@@ -179,8 +183,9 @@ struct Tile {
   __device__ __forceinline__ void eight(int matrix, int rank, int column, float (&out)[8]) const {
     const std::int64_t element = matrix ? up_at(rank, column) : down_at(rank, column);
     if constexpr (kHalf) {
-      const uint4 packed = rank < kAhead ? *reinterpret_cast<const uint4*>(ahead(matrix, rank, column))
-                                         : load_streaming(static_cast<const std::uint16_t*>(steering->matrices) + element);
+      const uint4 packed = rank < kAhead
+                               ? *reinterpret_cast<const uint4*>(ahead(matrix, rank, column))
+                               : load_streaming(static_cast<const std::uint16_t*>(steering->matrices) + element);
       const std::uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
       const bool bf16 = steering->dtype == DType::kBFloat16;
 #pragma unroll
@@ -364,8 +369,8 @@ std::size_t shared_bytes(int rows, int hidden_size, int blocks, int most_rank, b
   return Layout(rows, width_of(hidden_size, blocks), most_rank, half).size * sizeof(float);
 }
 
-// Whether the device runs the kernels in clusters of so many blocks. What is allowed of a kernel holds for the process, and
-// so for decoders of all sizes: all that the device has.
+// Whether the device runs the kernels in clusters of so many blocks. What is allowed of a kernel holds for the process,
+// and so for decoders of all sizes: all that the device has.
 cudaError_t runs_clusters(DType dtype, int hidden_size, int most_rank, int blocks, int most_shared, bool* runs) {
   *runs = true;
   for (const int rows : {1, kTileOfArrivals}) {
@@ -405,7 +410,9 @@ cudaError_t blocks_of_arrivals(DType dtype, int hidden_size, int most_rank, int 
   if (error != cudaSuccess || attributes.ptxVersion < 90) return error;
   for (int size = kMostCluster; size > 0; size /= 2) {
     const bool narrow = size > 1 && width_of(hidden_size, size) < kLeastSlice;
-    if (narrow || shared_bytes(kTileOfArrivals, hidden_size, size, most_rank, true) > static_cast<std::size_t>(most_shared)) continue;
+    if (narrow ||
+        shared_bytes(kTileOfArrivals, hidden_size, size, most_rank, true) > static_cast<std::size_t>(most_shared))
+      continue;
     bool runs = false;
     error = runs_clusters(dtype, hidden_size, most_rank, size, most_shared, &runs);
     static_cast<void>(cudaGetLastError());

@@ -1,9 +1,9 @@
 // Attention of one new position over the cache, of a few query heads at a time, which share the reading of their
 // key/value head.
 //
-// A block of 4 warps has one piece of a row's positions, in tiles of 64: the scores of a tile, their softmax against the
-// largest so far, and the values weighted by it. 16-byte loads: as many lanes as a head has times 8 numbers stand beside
-// each other in a row of keys, and the other lanes of the warp have further positions.
+// A block of 4 warps has one piece of a row's positions, in tiles of 64: the scores of a tile, their softmax against
+// the largest so far, and the values weighted by it. 16-byte loads: as many lanes as a head has times 8 numbers stand
+// beside each other in a row of keys, and the other lanes of the warp have further positions.
 #include "cuda/device_math.cuh"
 #include "cuda/launch.h"
 

@@ -19,8 +19,8 @@ class DeviceMemory final : public engine::CacheMemory {
  public:
   DeviceMemory(int device, cudaStream_t stream) : device_(device), stream_(stream) {}
 
-  // Taking memory from the device takes a tenth of a millisecond and more, so several blocks are taken at a time: as many
-  // as there are, up to a gigabyte, and one where that is too much.
+  // Taking memory from the device takes a tenth of a millisecond and more, so several blocks are taken at a time: as
+  // many as there are, up to a gigabyte, and one where that is too much.
   std::byte* allocate(std::size_t bytes) override {
     const CurrentDevice current(device_);
     const std::size_t size = (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -47,10 +47,12 @@ class DeviceMemory final : public engine::CacheMemory {
     const CurrentDevice current(device_);
     // Prompts are computed on streams that are not known here.
     if (foreign) check(cudaDeviceSynchronize(), "waiting for a prompt");
-    if (copies_.size() < copies.size()) copies_ = DeviceArray<engine::HeadsCopy>(copies.size(), "copies of keys and values");
+    if (copies_.size() < copies.size())
+      copies_ = DeviceArray<engine::HeadsCopy>(copies.size(), "copies of keys and values");
     check(cudaMemcpyAsync(copies_.data(), copies.data(), copies.size() * sizeof(copies[0]), cudaMemcpyDefault, stream_),
           "copying keys and values");
-    check(copy_heads(stream_, copies_.data(), static_cast<int>(copies.size()), heads, row_bytes), "copying keys and values");
+    check(copy_heads(stream_, copies_.data(), static_cast<int>(copies.size()), heads, row_bytes),
+          "copying keys and values");
     // The list and what it names are the caller's.
     check(cudaStreamSynchronize(stream_), "copying keys and values");
   }

@@ -1,8 +1,8 @@
+#include "cuda/device.h"
+
 #include <cuda_runtime.h>
 
 #include <sstream>
-
-#include "cuda/device.h"
 
 namespace dive::cuda {
 namespace {

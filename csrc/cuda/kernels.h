@@ -1,13 +1,13 @@
-// One decoding step's kernels, as the host starts them. All memory is the device's; activations that a product reads are
-// in the dtype of its weights, everything else is float32. Nothing here allocates or waits, so that a step can be
+// One decoding step's kernels, as the host starts them. All memory is the device's; activations that a product reads
+// are in the dtype of its weights, everything else is float32. Nothing here allocates or waits, so that a step can be
 // captured into a graph; what changes from step to step is read from memory.
 //
 // A row's result does not depend on the rows beside it, to the bit: sums are taken in an order that depends on sizes
 // alone, and there are no float atomics.
 //
 // B batch rows, D hidden size, K columns and N rows of a matrix, H heads, G key/value heads, E head size, V vocabulary,
-// R adapter rank. Sizes that a product runs over (D, H E, the MLP's) and E are multiples of 8: 16 bytes of half-precision
-// numbers.
+// R adapter rank. Sizes that a product runs over (D, H E, the MLP's) and E are multiples of 8: 16 bytes of
+// half-precision numbers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -40,9 +40,9 @@ struct Row {
 };
 
 struct Matrix {
-  const void* data;      // [N][K]
-  const float* bias;     // [N] or null
-  std::int64_t stride;   // elements from row to row
+  const void* data;     // [N][K]
+  const float* bias;    // [N] or null
+  std::int64_t stride;  // elements from row to row
   std::int32_t rows, columns;
 };
 
@@ -76,8 +76,8 @@ struct Begin {
 };
 cudaError_t begin(cudaStream_t stream, DType dtype, const Begin& arguments, int batch);
 
-// residual[b] += post(update[b]); normed[b] = norm(residual[b]) in the dtype. A null update adds nothing; without a norm
-// nothing is written to normed.
+// residual[b] += post(update[b]); normed[b] = norm(residual[b]) in the dtype. A null update adds nothing; without a
+// norm nothing is written to normed.
 struct AddNorm {
   float* residual;      // [B][D]
   const float* update;  // [B][D] or null
@@ -92,16 +92,16 @@ cudaError_t add_norm(cudaStream_t stream, DType dtype, const AddNorm& arguments,
 // brings the pieces together.
 struct Attention {
   const Row* rows;
-  const float *q, *k, *v;                // [B][H][E], [B][G][E], as projected
-  NormWeight q_norm, k_norm;             // over E
-  const float *cosine, *sine;            // [B][E / 2] of the layer's rope
-  std::byte* const* const* tables;       // [B] -> the row's blocks
-  std::int64_t keys, values;             // bytes from a block's start, see cpu::CacheRow
+  const float *q, *k, *v;           // [B][H][E], [B][G][E], as projected
+  NormWeight q_norm, k_norm;        // over E
+  const float *cosine, *sine;       // [B][E / 2] of the layer's rope
+  std::byte* const* const* tables;  // [B] -> the row's blocks
+  std::int64_t keys, values;        // bytes from a block's start, see cpu::CacheRow
   int heads, kv_heads, head_size, window;
   float scale, softcap;
-  float* pieces;                         // [B][H][kMostPieces][E + 2]
-  unsigned* tickets;                     // [B][H], 0 before and after
-  void* out;                             // [B][H][E] in the dtype, which is the cache's too
+  float* pieces;      // [B][H][kMostPieces][E + 2]
+  unsigned* tickets;  // [B][H], 0 before and after
+  void* out;          // [B][H][E] in the dtype, which is the cache's too
 };
 cudaError_t attention(cudaStream_t stream, DType dtype, const Attention& arguments, int batch);
 
@@ -126,19 +126,19 @@ struct Steer {
   NormWeight post, norm;
   void* normed;  // [B][D]
   int hidden_size, most_rank;
-  bool half;  // the matrices of all adapters have half precision
+  bool half;                      // the matrices of all adapters have half precision
   const Steering* steerings;      // null: no row is steered
   std::int64_t steerings_stride;  // from one adapter's to the next's
   const std::int32_t* adapters;   // [B]
   // For steer() alone.
-  float* hidden;                  // [B][D]: h, between the kernels
-  float* activated;               // [B][most_rank]
-  float* gates;                   // [B]: alpha, times the gate where there is one
-  unsigned* tickets;              // [B], 0 before and after
+  float* hidden;      // [B][D]: h, between the kernels
+  float* activated;   // [B][most_rank]
+  float* gates;       // [B]: alpha, times the gate where there is one
+  unsigned* tickets;  // [B], 0 before and after
 };
 
-// In one kernel of clusters of `blocks` blocks. With a tile of kTileOfArrivals rows, all rows of a tile that are steered
-// have the same adapter; with a tile of 1 each has its own. Results are the same, to the bit.
+// In one kernel of clusters of `blocks` blocks. With a tile of kTileOfArrivals rows, all rows of a tile that are
+// steered have the same adapter; with a tile of 1 each has its own. Results are the same, to the bit.
 cudaError_t arrive(cudaStream_t stream, DType dtype, const Steer& arguments, int batch, int blocks, int tile);
 inline constexpr int kTileOfArrivals = 8;
 

@@ -34,8 +34,8 @@ cudaError_t launch(const ClusterLaunch& how, void (*kernel)(Parameters...), cons
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, std::size_t shared_bytes,
-                   void (*kernel)(Parameters...), const Arguments&... arguments) {
+cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, std::size_t shared_bytes, void (*kernel)(Parameters...),
+                   const Arguments&... arguments) {
   return launch(ClusterLaunch(stream, grid, 1, threads, shared_bytes), kernel, arguments...);
 }
 

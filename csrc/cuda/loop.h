@@ -32,7 +32,8 @@ class Loop {
   bool make_room(const std::vector<engine::LoopRow>& rows) {
     const auto penalized = [](const engine::LoopRow& row) { return row.sampling->repetition_penalty != 1.0f; };
     if (seen_.size() > 0 || std::none_of(rows.begin(), rows.end(), penalized)) return false;
-    seen_ = DeviceArray<std::uint8_t>(most_rows_ * static_cast<std::size_t>(vocabulary_), "the tokens of a repetition penalty");
+    seen_ = DeviceArray<std::uint8_t>(most_rows_ * static_cast<std::size_t>(vocabulary_),
+                                      "the tokens of a repetition penalty");
     return true;
   }
 
@@ -51,10 +52,20 @@ class Loop {
   }
 
   Advance arguments(Row* rows, float* logits, const std::int64_t* likeliest, unsigned* ticket) const {
-    return {.rows = rows, .choosers = choosers_.data(), .logits = logits, .vocabulary = vocabulary_,
-            .likeliest = likeliest, .seen = seen_.data(), .told = told_.on_device(), .most_rows = most_rows_,
-            .state = state_.data(), .ticket = ticket, .progress = progress_.on_device(),
-            .wanted_stop = wanted_stop_.on_device(), .condition = 0, .has_condition = false};
+    return {.rows = rows,
+            .choosers = choosers_.data(),
+            .logits = logits,
+            .vocabulary = vocabulary_,
+            .likeliest = likeliest,
+            .seen = seen_.data(),
+            .told = told_.on_device(),
+            .most_rows = most_rows_,
+            .state = state_.data(),
+            .ticket = ticket,
+            .progress = progress_.on_device(),
+            .wanted_stop = wanted_stop_.on_device(),
+            .condition = 0,
+            .has_condition = false};
   }
 
   // Starts the graph, again and again where it holds a single step, and passes on what the device tells.
@@ -90,10 +101,19 @@ class Loop {
  private:
   static Chooser chooser_of(const engine::LoopRow& row) {
     const engine::Sampling& s = *row.sampling;
-    Chooser chooser{.temperature = s.temperature, .top_p = s.top_p, .min_p = s.min_p,
-                    .repetition_penalty = s.repetition_penalty, .top_k = s.top_k, .seed = s.seed, .stream = s.stream,
-                    .done = row.done, .barred = row.barred, .most = row.most, .eos = {},
-                    .eos_count = static_cast<std::int32_t>(row.eos->size()), .wants_log_prob = row.wants_log_prob};
+    Chooser chooser{.temperature = s.temperature,
+                    .top_p = s.top_p,
+                    .min_p = s.min_p,
+                    .repetition_penalty = s.repetition_penalty,
+                    .top_k = s.top_k,
+                    .seed = s.seed,
+                    .stream = s.stream,
+                    .done = row.done,
+                    .barred = row.barred,
+                    .most = row.most,
+                    .eos = {},
+                    .eos_count = static_cast<std::int32_t>(row.eos->size()),
+                    .wants_log_prob = row.wants_log_prob};
     std::copy(row.eos->begin(), row.eos->end(), chooser.eos);
     return chooser;
   }

@@ -1,5 +1,5 @@
-// Memory, streams and errors of the CUDA runtime as C++ objects, for the step. What fails throws std::runtime_error with
-// the runtime's name for it.
+// Memory, streams and errors of the CUDA runtime as C++ objects, for the step. What fails throws std::runtime_error
+// with the runtime's name for it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -192,8 +192,8 @@ class Graph {
  private:
   Graph() = default;
 
-  // Of a stream that records already; ends that in any case, or nothing could be freed any more. A graph that is part of
-  // another one belongs to that.
+  // Of a stream that records already; ends that in any case, or nothing could be freed any more. A graph that is part
+  // of another one belongs to that.
   template <class F>
   static cudaGraph_t record(cudaStream_t stream, F enqueue, bool own) {
     cudaGraph_t graph = nullptr;

@@ -1,10 +1,10 @@
 // Matrices times a few vectors: what a decoding step spends its time on, reading weights.
 //
-// Half precision goes through tensor cores for any batch. A block has 16 rows of a matrix; its 8 warps divide the columns
-// and meet in shared memory. In m16n8k16 a lane holds pairs of neighbouring columns, but a sum may be taken in any order
-// of its terms: here a lane loads 16 bytes, 8 columns, of its rows of weights and of its row of x, and gives them to two
-// mma as if they were the pairs that it should hold. So both come straight from memory in their own layout. Across warps
-// the 16-byte pieces are side by side: 512 bytes of every row.
+// Half precision goes through tensor cores for any batch. A block has 16 rows of a matrix; its 8 warps divide the
+// columns and meet in shared memory. In m16n8k16 a lane holds pairs of neighbouring columns, but a sum may be taken in
+// any order of its terms: here a lane loads 16 bytes, 8 columns, of its rows of weights and of its row of x, and gives
+// them to two mma as if they were the pairs that it should hold. So both come straight from memory in their own layout.
+// Across warps the 16-byte pieces are side by side: 512 bytes of every row.
 //
 // float32 has no such instruction that keeps its precision: a warp per row of weights.
 #include <type_traits>
@@ -18,8 +18,8 @@ namespace {
 constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int kTileRows = 16;
 constexpr int kSlab = 32;  // columns that a warp takes at a time: 4 lanes of 8
-// Slabs whose weights are on their way at a time, of all matrices together: 2 rows * 16 bytes * 256 threads * 4 are 32 KiB
-// per block, and with two blocks 64 KiB per SM; 3 TB/s * 0.8 us of latency want 18 KiB of each of 132. Unmeasured.
+// Slabs whose weights are on their way at a time, of all matrices together: 2 rows * 16 bytes * 256 threads * 4 are 32
+// KiB per block, and with two blocks 64 KiB per SM; 3 TB/s * 0.8 us of latency want 18 KiB of each of 132. Unmeasured.
 constexpr int kSlabsAhead = 4;
 
 struct Segment {
@@ -66,13 +66,12 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint4& low, const 
   mma(low.z, high.z, low.w, high.w, x.z, x.w);
 }
 
-// sums[m][tile] (+)= this warp's columns of rows `row` and `row + 8` of kMatrices matrices times x. The first weights are
-// asked for before the kernel that writes x has ended.
+// sums[m][tile] (+)= this warp's columns of rows `row` and `row + 8` of kMatrices matrices times x. The first weights
+// are asked for before the kernel that writes x has ended.
 template <DType kDType, int kMatrices, int kTiles>
 __device__ __forceinline__ void multiply_slabs(const std::uint16_t* const (&low)[kMatrices],
                                                const std::uint16_t* const (&high)[kMatrices], int columns,
-                                               const std::uint16_t* x, int batch,
-                                               float (&sums)[kMatrices][kTiles][4]) {
+                                               const std::uint16_t* x, int batch, float (&sums)[kMatrices][kTiles][4]) {
   constexpr int kAhead = kSlabsAhead / kMatrices;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int slabs = (columns + kSlab - 1) / kSlab;
@@ -96,7 +95,8 @@ __device__ __forceinline__ void multiply_slabs(const std::uint16_t* const (&low)
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const int row = tile * kRowTile + lane / 4;
-        // Of a tile's rows those that are not there are not read: all blocks together read x as often as there are blocks.
+        // Of a tile's rows those that are not there are not read: all blocks together read x as often as there are
+        // blocks.
         const bool there = k < columns && row < batch;
         const uint4 numbers = there ? load_cached(x + static_cast<std::int64_t>(row) * columns + k) : uint4{};
 #pragma unroll

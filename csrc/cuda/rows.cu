@@ -1,5 +1,5 @@
-// What happens to rows between the products: embedding and angles, residual add and norm, the end of the logits; and the
-// copying of prompts' keys and values into cache blocks.
+// What happens to rows between the products: embedding and angles, residual add and norm, the end of the logits; and
+// the copying of prompts' keys and values into cache blocks.
 #include <algorithm>
 #include <type_traits>
 

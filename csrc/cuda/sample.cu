@@ -17,7 +17,7 @@ using Bits = std::uint32_t;
 
 constexpr int kThreads = 1024, kWarps = kThreads / kWarp;
 // The sum of a vocabulary's weights, 2^18 of at most 1, is below 2^58.
-constexpr float kOne = 1099511627776.0f;  // 2^40
+constexpr float kOne = 1099511627776.0f;         // 2^40
 constexpr int kDigit = 11, kBins = 1 << kDigit;  // 32 bits in three digits
 
 struct Part {
@@ -31,7 +31,7 @@ struct Shared {
   double sums[kWarps];
   Best bests[kWarps];
   float barred[engine::kMostLoopEos];  // logits of barred tokens, as they came
-  Mass before;  // what lies above the found bin
+  Mass before;                         // what lies above the found bin
   int bin;
   std::int64_t token;
   unsigned word;
@@ -88,8 +88,8 @@ __device__ void find_bin(Shared& shared, Mass wanted) {
   __syncthreads();
 }
 
-// The bits of the largest threshold for which the sum of `size` over all tokens with `bits` >= it reaches `wanted`; what
-// lies above it is subtracted from `wanted`. 0 where all together do not reach it.
+// The bits of the largest threshold for which the sum of `size` over all tokens with `bits` >= it reaches `wanted`;
+// what lies above it is subtracted from `wanted`. 0 where all together do not reach it.
 template <class Each>
 __device__ Bits threshold(Shared& shared, int V, Mass& wanted, Each each) {
   Bits found = 0;
@@ -215,7 +215,8 @@ __device__ int draw(Shared& shared, const Candidates& candidates, double u) {
 }
 
 __device__ int sampled(Shared& shared, const Chooser& chooser, const Values& values, float top, double u) {
-  Candidates candidates{values, top, engine::inverse_of_temperature(chooser.temperature), -INFINITY, chooser.min_p, 0, 0, 0};
+  Candidates candidates{values, top, engine::inverse_of_temperature(chooser.temperature), -INFINITY, chooser.min_p, 0,
+                        0,      0};
   if (chooser.top_k > 0 && chooser.top_k < values.V) {
     Mass wanted = static_cast<Mass>(chooser.top_k);
     const Bits bits = threshold(shared, values.V, wanted, [&](int v, Bits& bits, Mass& size) {
@@ -243,7 +244,8 @@ __device__ int sampled(Shared& shared, const Chooser& chooser, const Values& val
     wanted = max(wanted, Mass{1});
     candidates.edge = threshold(shared, values.V, wanted, each);
     candidates.edge_mass = Candidates::mass_of(__uint_as_float(candidates.edge));
-    if (candidates.edge_mass) candidates.ties = static_cast<unsigned>((wanted + candidates.edge_mass - 1) / candidates.edge_mass);
+    if (candidates.edge_mass)
+      candidates.ties = static_cast<unsigned>((wanted + candidates.edge_mass - 1) / candidates.edge_mass);
   }
   return draw(shared, candidates, u);
 }

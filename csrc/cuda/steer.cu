@@ -1,5 +1,5 @@
-// Steering within a step, in two kernels: a product with `down` needs the whole row, and one with `up` needs the whole of
-// the first. The second kernel adds the push and, where all of a row is there, norms it for what follows.
+// Steering within a step, in two kernels: a product with `down` needs the whole row, and one with `up` needs the whole
+// of the first. The second kernel adds the push and, where all of a row is there, norms it for what follows.
 #include "cuda/device_math.cuh"
 #include "cuda/launch.h"
 
@@ -176,8 +176,8 @@ __global__ void __launch_bounds__(kThreads) steer_up_kernel(const Steer a) {
 cudaError_t steer(cudaStream_t stream, DType dtype, const Steer& a, int batch) {
   const std::size_t row_bytes = (kWarps + a.hidden_size) * sizeof(float);
   if (row_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(steer_down_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(row_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(steer_down_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(row_bytes));
     if (error != cudaSuccess) return error;
   }
   const unsigned blocks = static_cast<unsigned>((a.most_rank + kWarps - 1) / kWarps);

@@ -38,8 +38,8 @@ Matrix matrix_of(const engine::Weight& w) {
 
 NormWeight norm_of(const Norm& norm) { return {norm.weight, norm.eps}; }
 
-// Steps are recorded for these numbers of rows; those between take the next, with rows that stand for nothing. A tile of
-// products has 8 rows in any case.
+// Steps are recorded for these numbers of rows; those between take the next, with rows that stand for nothing. A tile
+// of products has 8 rows in any case.
 constexpr int kBatches[] = {1, 2, 4, 8, 16, 24, 32, 48, 64};
 
 int batch_for(std::size_t rows) {
@@ -57,8 +57,9 @@ struct Form {
 class CudaStepper final : public engine::Stepper {
  public:
   CudaStepper(const Plan& plan, int max_rows, int device, StepForm form)
-      : plan_(plan), max_rows_(batch_for(max_rows)), device_(device), dtype_(plan.cache_dtype), memory_(device, stream_),
-        loop_(max_rows_, plan.vocabulary), repeats_(form == StepForm::kBest && Graph::can_repeat()) {
+      : plan_(plan), max_rows_(batch_for(max_rows)), device_(device), dtype_(plan.cache_dtype),
+        memory_(device, stream_), loop_(max_rows_, plan.vocabulary),
+        repeats_(form == StepForm::kBest && Graph::can_repeat()) {
     const std::size_t D = plan.hidden_size, queries = std::size_t(plan.heads) * plan.head_size;
     const std::size_t keys = std::size_t(plan.kv_heads) * plan.head_size, half = plan.head_size / 2;
     const char* const what = "a step's activations";
@@ -117,8 +118,8 @@ class CudaStepper final : public engine::Stepper {
   int most_loop_steps() const override { return Loop::kMostSteps; }
   const char* loop_form() const override { return repeats_ ? "on the device" : "on the device, step by step"; }
 
-  void loop(const std::vector<engine::LoopRow>& rows, int steps, const std::function<void(const engine::Choice*)>& taken,
-            const std::function<bool()>& wants_stop) override {
+  void loop(const std::vector<engine::LoopRow>& rows, int steps,
+            const std::function<void(const engine::Choice*)>& taken, const std::function<bool()>& wants_stop) override {
     check_count(rows.size());
     const CurrentDevice current(device_);
     std::vector<StepRow> first;
@@ -309,9 +310,19 @@ class CudaStepper final : public engine::Stepper {
 
   void enqueue(const Form& form) {
     const int batch = form.batch;
-    const Begin start{rows_.data(), plan_.embedding.data, plan_.embedding.row_stride, plan_.embedding_scale, hidden_size(),
-                      residual_.data(), frequencies_.data(), scaling_.data(), static_cast<int>(plan_.ropes.size()),
-                      plan_.head_size / 2, cosine_.data(), sine_.data(), max_rows_};
+    const Begin start{rows_.data(),
+                      plan_.embedding.data,
+                      plan_.embedding.row_stride,
+                      plan_.embedding_scale,
+                      hidden_size(),
+                      residual_.data(),
+                      frequencies_.data(),
+                      scaling_.data(),
+                      static_cast<int>(plan_.ropes.size()),
+                      plan_.head_size / 2,
+                      cosine_.data(),
+                      sine_.data(),
+                      max_rows_};
     check(begin(stream_, dtype_, start, batch), "embedding tokens");
     add(arrival({}, nullptr, plan_.layers[0].input), form);
     for (std::size_t l = 0; l < plan_.layers.size(); ++l) {
@@ -326,8 +337,12 @@ class CudaStepper final : public engine::Stepper {
       arrive(l, kBlock, layer.post_mlp, last ? plan_.final_norm : plan_.layers[l + 1].input, form);
     }
     multiply({&plan_.head}, normed_.data(), batch, {logits_.data()}, "the head");
-    const Finish end{logits_.data(), plan_.vocabulary, plan_.logit_softcap, bests_.data(),
-                     tickets_.data() + std::size_t(max_rows_) * (plan_.heads + 1), likeliest_.data()};
+    const Finish end{logits_.data(),
+                     plan_.vocabulary,
+                     plan_.logit_softcap,
+                     bests_.data(),
+                     tickets_.data() + std::size_t(max_rows_) * (plan_.heads + 1),
+                     likeliest_.data()};
     check(finish(stream_, end, batch), "the logits");
   }
 
@@ -337,7 +352,8 @@ class CudaStepper final : public engine::Stepper {
                 const std::vector<float*>& outputs, const char* doing) {
     std::vector<Matrix> matrices;
     for (const engine::Weight* weight : weights) matrices.push_back(matrix_of(*weight));
-    check(project(stream_, dtype_, matrices.data(), static_cast<int>(matrices.size()), x, batch, outputs.data()), doing);
+    check(project(stream_, dtype_, matrices.data(), static_cast<int>(matrices.size()), x, batch, outputs.data()),
+          doing);
   }
 
   void attend(const Layer& layer, std::size_t l, int batch) {
@@ -345,11 +361,25 @@ class CudaStepper final : public engine::Stepper {
              "queries, keys and values");
     const std::size_t angles = std::size_t(layer.rope) * max_rows_ * (plan_.head_size / 2);
     const std::int64_t slab = std::int64_t{plan_.kv_heads} * cpu::kCacheBlock * plan_.head_size * cpu::size_of(dtype_);
-    const Attention attention{rows_.data(), q_.data(), k_.data(), v_.data(), norm_of(layer.q), norm_of(layer.k),
-                              cosine_.data() + angles, sine_.data() + angles, tables_.data(),
-                              static_cast<std::int64_t>(2 * l) * slab, static_cast<std::int64_t>(2 * l + 1) * slab,
-                              plan_.heads, plan_.kv_heads, plan_.head_size, static_cast<int>(layer.window),
-                              plan_.attention_scale, plan_.attention_softcap, pieces_.data(), tickets_.data(),
+    const Attention attention{rows_.data(),
+                              q_.data(),
+                              k_.data(),
+                              v_.data(),
+                              norm_of(layer.q),
+                              norm_of(layer.k),
+                              cosine_.data() + angles,
+                              sine_.data() + angles,
+                              tables_.data(),
+                              static_cast<std::int64_t>(2 * l) * slab,
+                              static_cast<std::int64_t>(2 * l + 1) * slab,
+                              plan_.heads,
+                              plan_.kv_heads,
+                              plan_.head_size,
+                              static_cast<int>(layer.window),
+                              plan_.attention_scale,
+                              plan_.attention_softcap,
+                              pieces_.data(),
+                              tickets_.data(),
                               attended_.data()};
     check(cuda::attention(stream_, dtype_, attention, batch), "attention");
     multiply({&layer.o_proj}, attended_.data(), batch, {update_.data()}, "the attention's output");
@@ -375,15 +405,26 @@ class CudaStepper final : public engine::Stepper {
     if (cluster_) {
       check(cuda::arrive(stream_, dtype_, a, form.batch, cluster_, form.tile), "the residual stream");
     } else {
-      check(add_norm(stream_, dtype_, {a.residual, a.update, a.post, a.norm, a.normed, a.hidden_size}, form.batch), "a norm");
+      check(add_norm(stream_, dtype_, {a.residual, a.update, a.post, a.norm, a.normed, a.hidden_size}, form.batch),
+            "a norm");
     }
   }
 
   Steer arrival(const Norm& post, const float* update, const Norm& next) const {
-    return {.residual = residual_.data(), .update = update, .post = norm_of(post), .norm = norm_of(next),
-            .normed = normed_.data(), .hidden_size = hidden_size(), .most_rank = most_rank_, .half = half_,
-            .steerings = nullptr, .steerings_stride = static_cast<std::int64_t>(plan_.layers.size() * kPlaces),
-            .adapters = nullptr, .hidden = hidden_.data(), .activated = activated_.data(), .gates = gates_.data(),
+    return {.residual = residual_.data(),
+            .update = update,
+            .post = norm_of(post),
+            .norm = norm_of(next),
+            .normed = normed_.data(),
+            .hidden_size = hidden_size(),
+            .most_rank = most_rank_,
+            .half = half_,
+            .steerings = nullptr,
+            .steerings_stride = static_cast<std::int64_t>(plan_.layers.size() * kPlaces),
+            .adapters = nullptr,
+            .hidden = hidden_.data(),
+            .activated = activated_.data(),
+            .gates = gates_.data(),
             .tickets = tickets_.data() + std::size_t(max_rows_) * plan_.heads};
   }
 
@@ -407,7 +448,7 @@ class CudaStepper final : public engine::Stepper {
   DeviceArray<std::byte*> blocks_;     // [B][blocks of the longest row]
   PinnedArray<std::byte*> staged_blocks_;
   DeviceArray<std::byte* const*> tables_;  // [B], into blocks_
-  std::vector<bool> acts_;  // [layers][places]: some adapter does
+  std::vector<bool> acts_;                 // [layers][places]: some adapter does
   int most_rank_ = 0;
   bool half_ = true;  // of all adapters' matrices
   int cluster_ = 0;   // blocks of a cluster, 0 where there are none
@@ -438,12 +479,13 @@ std::string refusal(const Plan& plan) {
     return "heads of " + std::to_string(plan.head_size) + ", expected a multiple of 8 up to 256";
   }
   std::vector<std::pair<std::string, const engine::Weight*>> matrices{{"the embedding", &plan.embedding},
-                                                                     {"the head", &plan.head}};
+                                                                      {"the head", &plan.head}};
   for (std::size_t l = 0; l < plan.layers.size(); ++l) {
     const Layer& layer = plan.layers[l];
     const std::pair<const char*, const engine::Weight*> own[] = {
-        {"q_proj", &layer.q_proj},       {"k_proj", &layer.k_proj},   {"v_proj", &layer.v_proj}, {"o_proj", &layer.o_proj},
-        {"gate_proj", &layer.gate_proj}, {"up_proj", &layer.up_proj}, {"down_proj", &layer.down_proj}};
+        {"q_proj", &layer.q_proj},      {"k_proj", &layer.k_proj},       {"v_proj", &layer.v_proj},
+        {"o_proj", &layer.o_proj},      {"gate_proj", &layer.gate_proj}, {"up_proj", &layer.up_proj},
+        {"down_proj", &layer.down_proj}};
     for (const auto& [name, weight] : own) matrices.emplace_back("layer " + std::to_string(l) + ": " + name, weight);
   }
   for (const auto& [part, weight] : matrices) {

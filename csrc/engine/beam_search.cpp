@@ -188,10 +188,10 @@ class BeamSearch final : public Task {
   const std::int64_t vocabulary_;
   const std::shared_ptr<const Request> request_;
   const std::vector<Result*> results_;
-  std::vector<Beam> beams_;            // the best first
-  std::vector<Hypothesis> finished_;   // as many as beams, the best first
-  std::int64_t tokens_ = 0;            // new ones of every beam
-  bool improvable_ = true;             // by what still runs
+  std::vector<Beam> beams_;           // the best first
+  std::vector<Hypothesis> finished_;  // as many as beams, the best first
+  std::int64_t tokens_ = 0;           // new ones of every beam
+  bool improvable_ = true;            // by what still runs
 };
 
 }  // namespace

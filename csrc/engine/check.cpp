@@ -121,7 +121,8 @@ void sizes(const Plan& plan) {
   in_range("kv_heads", plan.kv_heads, 1, kMostSize);
   in_range("head_size", plan.head_size, 1, kMostSize);
   in_range("heads * head_size", std::int64_t{plan.heads} * plan.head_size, 1, kMostSize);
-  if (plan.head_size % 2 != 0) refuse("head_size", "is " + std::to_string(plan.head_size) + ", expected an even number");
+  if (plan.head_size % 2 != 0)
+    refuse("head_size", "is " + std::to_string(plan.head_size) + ", expected an even number");
   if (plan.heads % plan.kv_heads != 0) {
     refuse("heads", "are " + std::to_string(plan.heads) + ", expected a multiple of the " +
                         std::to_string(plan.kv_heads) + " key/value heads");

@@ -56,7 +56,8 @@ DIVE_HOST_DEVICE inline float exp_of_negative(float x) {
   return x > -87.0f ? p * power : 0.0f;
 }
 
-// What logit - top is multiplied by. The smallest temperatures have no finite inverse, and 0 * infinity is not a number.
+// What logit - top is multiplied by. The smallest temperatures have no finite inverse, and 0 * infinity is not a
+// number.
 DIVE_HOST_DEVICE inline float inverse_of_temperature(float temperature) {
   const float inverse = 1.0f / temperature;
   return inverse < 3.402823466e38f ? inverse : 3.402823466e38f;

@@ -1,5 +1,6 @@
-// Keys and values of sequences, in blocks of some positions. Sequences that begin alike share blocks, and whoever writes
-// to a shared one gets a copy of it first; so a sequence is copied, or put in another's place, by swapping references.
+// Keys and values of sequences, in blocks of some positions. Sequences that begin alike share blocks, and whoever
+// writes to a shared one gets a copy of it first; so a sequence is copied, or put in another's place, by swapping
+// references.
 #pragma once
 
 #include <cstddef>

@@ -40,9 +40,9 @@ struct Layer {
 // One adapter at one place; the formula is in cpu/steer.h. Null means absent.
 struct Steering {
   std::int64_t rank = 0;
-  Weight matrices{};                      // [2 R, D padded to cpu::kRankPanel], see there
-  const float* bias = nullptr;            // [R], down's
-  const float* static_push = nullptr;     // [D]
+  Weight matrices{};                   // [2 R, D padded to cpu::kRankPanel], see there
+  const float* bias = nullptr;         // [R], down's
+  const float* static_push = nullptr;  // [D]
   float alpha = 1;
   const float* gate_direction = nullptr;  // [D]
   float gate_offset = 0;

@@ -12,7 +12,7 @@
 namespace dive::engine {
 
 struct BeamOptions {
-  int beams = 1;  // 1: no search
+  int beams = 1;             // 1: no search
   float length_penalty = 1;  // hypotheses are ranked by log-probability / tokens^length_penalty
   // When a search with enough finished hypotheses ends: at once; when the best running one is no better as it is; or
   // when it cannot become better.

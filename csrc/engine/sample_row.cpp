@@ -33,8 +33,8 @@ class SampledRow final : public Task {
       choice_ = {request_->forced[done], 0.0f};
     } else {
       const bool too_short = static_cast<std::int64_t>(done) < request_->min_new_tokens;
-      choice_ = choose(sampling_, logits, vocabulary_, likeliest, seen_.tokens(), too_short ? request_->eos : none, done,
-                       request_->log_probs);
+      choice_ = choose(sampling_, logits, vocabulary_, likeliest, seen_.tokens(), too_short ? request_->eos : none,
+                       done, request_->log_probs);
     }
   }
 
@@ -68,8 +68,14 @@ class SampledRow final : public Task {
 
   LoopRow loop_row(std::int64_t steps) override {
     cache_.make_room(position_, steps);
-    return {row(), &sampling_, &seen_.tokens(), &request_->eos, static_cast<std::int64_t>(result_->tokens.size()),
-            request_->min_new_tokens, request_->max_new_tokens, request_->log_probs};
+    return {row(),
+            &sampling_,
+            &seen_.tokens(),
+            &request_->eos,
+            static_cast<std::int64_t>(result_->tokens.size()),
+            request_->min_new_tokens,
+            request_->max_new_tokens,
+            request_->log_probs};
   }
 
   bool take(const Choice& choice) override {
@@ -80,9 +86,7 @@ class SampledRow final : public Task {
   void cancel() override { result_->finish = Finish::kCancelled; }
 
  private:
-  StepRow row() const {
-    return {token_, position_, position_ + request_->rope_offset, &cache_, &request_->adapters};
-  }
+  StepRow row() const { return {token_, position_, position_ + request_->rope_offset, &cache_, &request_->adapters}; }
 
   const std::int64_t vocabulary_;
   const std::shared_ptr<const Request> request_;

@@ -9,7 +9,7 @@ namespace dive::engine {
 // The order is the one of transformers: repetition penalty, EOS barred below the minimum length, temperature, top-k,
 // top-p, min-p.
 struct Sampling {
-  float temperature = 0;  // 0: the first of the largest logits
+  float temperature = 0;   // 0: the first of the largest logits
   std::int64_t top_k = 0;  // 0: all; ties with the k-th stay
   float top_p = 1;         // the fewest tokens, likeliest first, whose probabilities reach top_p
   float min_p = 0;         // at least this share of the likeliest token's probability

@@ -45,7 +45,8 @@ void Session::check_results(const Request& request) const {
   if (!request.forced.empty() && (beams > 1 || request.streams.size() > 1)) {
     throw std::invalid_argument("submit: forced tokens are for a single result");
   }
-  if (!std::isfinite(request.search.length_penalty)) throw std::invalid_argument("submit: length_penalty is not finite");
+  if (!std::isfinite(request.search.length_penalty))
+    throw std::invalid_argument("submit: length_penalty is not finite");
   if (beams > 1 && request.stop) throw std::invalid_argument("submit: a search knows no stop strings");
   if (beams > 1 && candidates_of(request) + request.eos.size() > static_cast<std::size_t>(plan_.vocabulary)) {
     throw std::invalid_argument("submit: the vocabulary is too small for so many beams");

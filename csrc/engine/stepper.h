@@ -42,9 +42,8 @@ class Stepper {
   // Runs every row's token, which adds it to its cache, and calls with_logits(row, logits [V], the first index of the
   // largest) once for every row, perhaps from several threads at once. The logits may be changed. A row's result does
   // not depend on the others.
-  virtual void step(
-      const std::vector<StepRow>& rows,
-      const std::function<void(std::size_t row, float* logits, std::int64_t likeliest)>& with_logits) = 0;
+  virtual void step(const std::vector<StepRow>& rows,
+                    const std::function<void(std::size_t row, float* logits, std::int64_t likeliest)>& with_logits) = 0;
 
   // The steps that loop() can take at a time; 0: it has no such loop.
   virtual int most_loop_steps() const { return 0; }

@@ -1,4 +1,6 @@
 // What does not fit is refused where it enters the engine, with the part's name.
+#include "engine/check.h"
+
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -10,7 +12,6 @@
 #include <vector>
 
 #include "cpu/step.h"
-#include "engine/check.h"
 #include "engine/plan.h"
 #include "engine/session.h"
 #include "engine/stop_strings.h"
@@ -84,14 +85,14 @@ void bad_plans_are_refused() {
   bad_steering("matrices is [0, 0]", [](Plan&, Steering& s) { s.rank = 4; });
   bad_steering("gaps", [](Plan& p, Steering& s) {
     s.rank = 1;
-    const std::int64_t padded = (p.hidden_size + dive::cpu::kRankPanel - 1) / dive::cpu::kRankPanel * dive::cpu::kRankPanel;
+    const std::int64_t padded =
+        (p.hidden_size + dive::cpu::kRankPanel - 1) / dive::cpu::kRankPanel * dive::cpu::kRankPanel;
     s.matrices = {p.final_norm.weight, DType::kFloat32, nullptr, 2, padded, padded + 1, nullptr};
   });
   bad_steering("activation", [](Plan&, Steering& s) { s.activation = static_cast<dive::cpu::Activation>(5); });
   for (const auto& [rows, threads] : {std::pair{0, 1}, {65, 1}, {1, 0}, {1, -1}, {1, 1 << 20}}) {
-    refused(rows == 1 ? "threads" : "max_rows", [&, rows = rows, threads = threads] {
-      dive::cpu::make_stepper(model.plan, rows, threads, levels()[0]);
-    });
+    refused(rows == 1 ? "threads" : "max_rows",
+            [&, rows = rows, threads = threads] { dive::cpu::make_stepper(model.plan, rows, threads, levels()[0]); });
   }
 }
 
@@ -125,9 +126,8 @@ void bad_requests_are_refused() {
   bad("results", [](Request& r) { r.streams.clear(); });
   bad("length_penalty", [](Request& r) { r.search.length_penalty = INFINITY; });
   bad("stop", [](Request& r) { r.stop = std::make_shared<StopStrings>(); });
-  bad("stop", [](Request& r) {
-    r.stop = std::make_shared<StopStrings>(StopStrings{std::make_shared<TokenTexts>(), {""}});
-  });
+  bad("stop",
+      [](Request& r) { r.stop = std::make_shared<StopStrings>(StopStrings{std::make_shared<TokenTexts>(), {""}}); });
   bad("repetition_penalty", [](Request& r) { r.sampling.repetition_penalty = 0; });
   Request request;
   request.prompt = {1};

@@ -149,7 +149,8 @@ __global__ void cluster_kernel(float* out, bool waits_for_readers) {
   own[threadIdx.x] = 100.0f * blockIdx.x + threadIdx.x;
   cluster_sync();
   float sum = 0;
-  for (unsigned rank = 0; rank < cluster_size(); ++rank) sum += load_of_block(own + (threadIdx.x + 1) % blockDim.x, rank);
+  for (unsigned rank = 0; rank < cluster_size(); ++rank)
+    sum += load_of_block(own + (threadIdx.x + 1) % blockDim.x, rank);
   out[blockIdx.x * blockDim.x + threadIdx.x] = sum + 10000.0f * cluster_rank();
   if (waits_for_readers) cluster_sync();
 }

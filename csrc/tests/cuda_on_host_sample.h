@@ -40,9 +40,10 @@ cudaError_t read_shared(std::uint32_t* out, int threads, int bytes, cudaStream_t
 // tokens[*length] = *length, ++*length, and the condition is whether more than that is wanted.
 cudaError_t append(int* tokens, int* length, int wanted, cudaGraphConditionalHandle handle, cudaStream_t stream);
 
-// out[block][t] = the sum over the cluster's blocks b of 100 b + (t + 1) % threads, + 10000 times the block's rank. A block
-// that does not wait for its readers may be gone when they come.
-cudaError_t sum_of_cluster(float* out, int blocks, int cluster, int threads, bool waits_for_readers, cudaStream_t stream);
+// out[block][t] = the sum over the cluster's blocks b of 100 b + (t + 1) % threads, + 10000 times the block's rank. A
+// block that does not wait for its readers may be gone when they come.
+cudaError_t sum_of_cluster(float* out, int blocks, int cluster, int threads, bool waits_for_readers,
+                           cudaStream_t stream);
 
 cudaError_t nothing(dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream);
 cudaError_t raise_shared_limit_of_nothing(int bytes);

@@ -155,9 +155,18 @@ void warp_operations_are_those_of_the_device() {
   check(sample::warp_operations(out.get(), nullptr));
   const std::vector<int> found = out.values();
   for (int lane = 0; lane < 32; ++lane) {
-    const std::array<int, sample::kOperations> expected = {
-        5, lane / 8 * 8 + 3, lane ^ 6, lane + 3 > 31 ? lane : lane + 3, lane % 16 < 3 ? lane : lane - 3, 0x49249249,
-        1, 0, lane ^ 1, lane ^ 1, 496, std::max(__builtin_popcount(lane), __builtin_ffs(lane))};
+    const std::array<int, sample::kOperations> expected = {5,
+                                                           lane / 8 * 8 + 3,
+                                                           lane ^ 6,
+                                                           lane + 3 > 31 ? lane : lane + 3,
+                                                           lane % 16 < 3 ? lane : lane - 3,
+                                                           0x49249249,
+                                                           1,
+                                                           0,
+                                                           lane ^ 1,
+                                                           lane ^ 1,
+                                                           496,
+                                                           std::max(__builtin_popcount(lane), __builtin_ffs(lane))};
     for (int i = 0; i < sample::kOperations; ++i) {
       const std::string what = "operation " + std::to_string(i) + " of lane " + std::to_string(lane);
       expect(found[32 * i + lane] == expected[i], what);
@@ -207,17 +216,17 @@ void numbers_are_rounded_as_on_the_device() {
       {-0.0f, 0x8000, 0x8000},
       {1, 0x3f80, 0x3c00},
       {-2.5f, 0xc020, 0xc100},
-      {1 + power(-8), 0x3f80, 0x3c04},                    // a tie for bf16, to even below
-      {1 + 3 * power(-8), 0x3f82, 0x3c0c},                // and above
-      {1 + power(-11), 0x3f80, 0x3c00},                   // a tie for f16
+      {1 + power(-8), 0x3f80, 0x3c04},      // a tie for bf16, to even below
+      {1 + 3 * power(-8), 0x3f82, 0x3c0c},  // and above
+      {1 + power(-11), 0x3f80, 0x3c00},     // a tie for f16
       {1 + 3 * power(-11), 0x3f80, 0x3c02},
-      {65504, 0x4780, 0x7bff},                            // the largest f16
+      {65504, 0x4780, 0x7bff},  // the largest f16
       {65519.996f, 0x4780, 0x7bff},
       {65520, 0x4780, 0x7c00},
-      {power(-24), 0x3380, 0x0001},                       // the smallest f16
+      {power(-24), 0x3380, 0x0001},  // the smallest f16
       {power(-25), 0x3300, 0x0000},
       {power(-25) * 1.0001f, 0x3300, 0x0001},
-      {power(-14) - power(-25), 0x3880, 0x0400},          // rounds up to the smallest normal f16
+      {power(-14) - power(-25), 0x3880, 0x0400},  // rounds up to the smallest normal f16
       {std::numeric_limits<float>::max(), 0x7f80, 0x7c00},
       {infinity, 0x7f80, 0x7c00},
       {-infinity, 0xff80, 0xfc00},
@@ -243,12 +252,9 @@ void numbers_are_rounded_as_on_the_device() {
 void threads_that_do_not_meet_are_named() {
   using sample::Mistake;
   const std::pair<Mistake, const char*> cases[] = {
-      {Mistake::kEarlyReturn, "barrier of the block"},
-      {Mistake::kBarrierInBranch, "another barrier"},
-      {Mistake::kWarpInBranch, "every thread waits"},
-      {Mistake::kOtherBarrier, "another barrier"},
-      {Mistake::kHalfMask, "only whole warps"},
-      {Mistake::kReturnBeforeShuffle, "lanes of "},
+      {Mistake::kEarlyReturn, "barrier of the block"}, {Mistake::kBarrierInBranch, "another barrier"},
+      {Mistake::kWarpInBranch, "every thread waits"},  {Mistake::kOtherBarrier, "another barrier"},
+      {Mistake::kHalfMask, "only whole warps"},        {Mistake::kReturnBeforeShuffle, "lanes of "},
   };
   for (const auto& [mistake, part] : cases) {
     for (int seed = 0; seed < 3; ++seed) {

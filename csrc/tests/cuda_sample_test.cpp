@@ -119,18 +119,21 @@ void one_step(std::uint64_t seed, std::int64_t V) {
   Progress progress{0, 0};
   std::int32_t wanted_stop = seed % 7 == 0;
   dive_host_cuda_seed(seed);
-  expect(finish(nullptr, {logits.data(), V, 0, pieces.data(), tickets.data(), likeliest.data()}, batch) == cudaSuccess, "finish");
-  const Advance arguments{rows.data(), choosers.data(), logits.data(), V, likeliest.data(), seen.data(), told.data(),
-                          batch, &state, tickets.data() + batch, &progress, &wanted_stop, 0, false};
+  expect(finish(nullptr, {logits.data(), V, 0, pieces.data(), tickets.data(), likeliest.data()}, batch) == cudaSuccess,
+         "finish");
+  const Advance arguments{
+      rows.data(), choosers.data(), logits.data(),          V,         likeliest.data(), seen.data(), told.data(),
+      batch,       &state,          tickets.data() + batch, &progress, &wanted_stop,     0,           false};
   expect(advance(nullptr, arguments, batch) == cudaSuccess, "advance");
 
   bool ended = false;
   for (int b = 0; b < kRows; ++b) {
     const Case& c = cases[b];
-    const std::string where = "seed " + std::to_string(seed) + ", V " + std::to_string(V) + ", row " + std::to_string(b);
+    const std::string where =
+        "seed " + std::to_string(seed) + ", V " + std::to_string(V) + ", row " + std::to_string(b);
     const Choice choice = expected(c);
-    expect(told[b].token == choice.token, where + ": token " + std::to_string(told[b].token) + ", the host's is " +
-                                              std::to_string(choice.token));
+    expect(told[b].token == choice.token,
+           where + ": token " + std::to_string(told[b].token) + ", the host's is " + std::to_string(choice.token));
     if (c.wants_log_prob) {
       const bool both_none = std::isinf(choice.log_prob) && choice.log_prob == told[b].log_prob;
       const float error = both_none ? 0 : std::fabs(told[b].log_prob - choice.log_prob);
@@ -187,8 +190,9 @@ void frequencies_match_probabilities() {
     Progress progress{0, 0};
     const std::int32_t wanted_stop = 0;
     unsigned ticket = 0;
-    const Advance arguments{rows.data(), choosers.data(), logits.data(), V, likeliest.data(), nullptr, told.data(), batch,
-                            &state, &ticket, &progress, &wanted_stop, 0, false};
+    const Advance arguments{
+        rows.data(), choosers.data(), logits.data(), V,         likeliest.data(), nullptr, told.data(),
+        batch,       &state,          &ticket,       &progress, &wanted_stop,     0,       false};
     expect(advance(nullptr, arguments, batch) == cudaSuccess, "advance");
     for (const Told& t : told) ++counts[t.token];
   }

@@ -1,5 +1,5 @@
-// The CUDA step without a GPU (cuda_on_host/cuda_runtime.h says what that is worth): its logits beside the CPU step's, on
-// small random decoders with every feature; and that they depend on nothing but the row.
+// The CUDA step without a GPU (cuda_on_host/cuda_runtime.h says what that is worth): its logits beside the CPU step's,
+// on small random decoders with every feature; and that they depend on nothing but the row.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -69,9 +69,7 @@ struct Prompts {
   }
 };
 
-Model model_of(std::uint64_t seed) {
-  return Model(seed, {.unit = 8, .dtype = static_cast<DType>(seed % 3)});
-}
+Model model_of(std::uint64_t seed) { return Model(seed, {.unit = 8, .dtype = static_cast<DType>(seed % 3)}); }
 
 // |a - b| over the largest |b|.
 double difference(const std::vector<float>& a, const std::vector<float>& b) {
@@ -116,8 +114,9 @@ void logits_depend_on_the_row_alone() {
 }
 
 // What comes of requests of every kind that a device takes by itself, and of some that it does not.
-std::vector<Result> results_of(const Model& model, const std::vector<Request>& requests, std::unique_ptr<Stepper> stepper,
-                               int max_rows, const Session::Callbacks& callbacks = {}) {
+std::vector<Result> results_of(const Model& model, const std::vector<Request>& requests,
+                               std::unique_ptr<Stepper> stepper, int max_rows,
+                               const Session::Callbacks& callbacks = {}) {
   Session session(model.plan, std::move(stepper), max_rows);
   for (const Request& request : requests) submit(session, model, request);
   for (bool done = false; !done;) {

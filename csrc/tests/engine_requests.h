@@ -38,10 +38,12 @@ inline void submit(Session& session, const Model& model, Request request) {
   Memory memory;
   std::vector<PrefilledLayer> layers;
   for (std::size_t l = 0; request.prefilled > 0 && l < plan.layers.size(); ++l) {
-    const std::int64_t stride = plan.head_size + random.below(3) * model.shape.unit, head_stride = request.prefilled * stride;
+    const std::int64_t stride = plan.head_size + random.below(3) * model.shape.unit,
+                       head_stride = request.prefilled * stride;
     const std::int64_t count = (plan.kv_heads - 1) * head_stride + (request.prefilled - 1) * stride + plan.head_size;
     const void* keys = memory.elements(random, count, plan.cache_dtype, 1);
-    layers.push_back({keys, memory.elements(random, count, plan.cache_dtype, 1), head_stride, stride, head_stride, stride});
+    layers.push_back(
+        {keys, memory.elements(random, count, plan.cache_dtype, 1), head_stride, stride, head_stride, stride});
   }
   session.submit(std::move(request), layers);
 }

@@ -37,13 +37,15 @@ void tokens_do_not_depend_on_the_team_or_the_batch() {
   for (int seed = 0; seed < kModels; ++seed) {
     const Model model(seed);
     const std::vector<Request> requests = requests_for(model, 6);
-    // The portable kernels hide nothing from a sanitizer, masked loads of the others do; so half of all models run there.
+    // The portable kernels hide nothing from a sanitizer, masked loads of the others do; so half of all models run
+    // there.
     const Isa isa = levels()[seed % 2 ? seed / 2 % levels().size() : 0];
     const std::string where = "model " + std::to_string(seed) + ", " + dive::cpu::isa_name(isa);
     const std::vector<Result> found = decode(model, requests, {3, 1, isa});
     for (const Result& result : found) {
       expect(result.finish != Finish::kUnfinished && !result.tokens.empty(), where + ": a request did not end");
-      for (const std::int64_t t : result.tokens) expect(t >= 0 && t < model.plan.vocabulary, where + ": a token is none");
+      for (const std::int64_t t : result.tokens)
+        expect(t >= 0 && t < model.plan.vocabulary, where + ": a token is none");
       for (const float p : result.log_probs) expect(std::isfinite(p), where + ": a log-probability is not finite");
     }
     expect(same(found, decode(model, requests, {4, 2, isa})), where + ": two threads differ");
@@ -114,7 +116,8 @@ void an_unfinished_outcome_is_a_copy() {
   for (const Request& request : requests) submit(session, model, request);
   session.run({}, 1);
   const Result early = session.take(1);
-  expect(early.finish == Finish::kUnfinished && early.tokens.size() == 5, "the outcome so far is not what it should be");
+  expect(early.finish == Finish::kUnfinished && early.tokens.size() == 5,
+         "the outcome so far is not what it should be");
   session.run({}, 0);
   const Result late = session.take(1);
   expect(late.tokens.size() == 40 && std::equal(early.tokens.begin(), early.tokens.end(), late.tokens.begin()),

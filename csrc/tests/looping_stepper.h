@@ -1,4 +1,5 @@
-// A device with a loop of its own, played by another stepper and the host's sampler: what a loop must do, in a few lines.
+// A device with a loop of its own, played by another stepper and the host's sampler: what a loop must do, in a few
+// lines.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// Small random decoders with every feature, for tests of what runs them. Every tensor is an allocation of its own and of
-// its exact size, so that the address sanitizer sees a read one element too far.
+// Small random decoders with every feature, for tests of what runs them. Every tensor is an allocation of its own and
+// of its exact size, so that the address sanitizer sees a read one element too far.
 #pragma once
 
 #include <cmath>
@@ -109,7 +109,9 @@ struct Model {
 
   explicit Model(std::uint64_t seed, Shape given = {}) : shape(given), memory(given) {
     Random random{std::mt19937_64(seed)};
-    const auto size = [&](std::int64_t most) { return shape.unit * (1 + random.below((most + shape.unit - 1) / shape.unit)); };
+    const auto size = [&](std::int64_t most) {
+      return shape.unit * (1 + random.below((most + shape.unit - 1) / shape.unit));
+    };
     plan.kv_heads = 1 + random.below(3);
     plan.heads = plan.kv_heads * (1 + random.below(4));
     plan.head_size = static_cast<int>(shape.unit == 1 ? 2 * (1 + random.below(20)) : size(40));
@@ -124,7 +126,8 @@ struct Model {
     plan.cache_dtype = shape.dtype.value_or(static_cast<DType>(random.below(3)));
     plan.embedding_scale = random.coin() ? 1 : 3;
     plan.embedding = memory.matrix(random, plan.vocabulary, plan.hidden_size, false);
-    plan.head = random.coin() ? plan.embedding : memory.matrix(random, plan.vocabulary, plan.hidden_size, random.coin());
+    plan.head =
+        random.coin() ? plan.embedding : memory.matrix(random, plan.vocabulary, plan.hidden_size, random.coin());
     plan.final_norm = norm(random, plan.hidden_size);
     for (std::int64_t ropes = 1 + random.below(2); ropes > 0; --ropes) {
       const float* frequencies = memory.vector(random, plan.head_size / 2, 0.5f, 0.5f);

@@ -108,7 +108,9 @@ void print_threads() {
     if (first != i) continue;
     std::fprintf(stderr, "cuda_on_host:   %u of %u threads, first (%u, %u, %u)", count, thread_count, thread.index.x,
                  thread.index.y, thread.index.z);
-    if (block_count > 1) std::fprintf(stderr, " of block (%u, %u, %u)", thread.block->index.x, thread.block->index.y, thread.block->index.z);
+    if (block_count > 1)
+      std::fprintf(stderr, " of block (%u, %u, %u)", thread.block->index.x, thread.block->index.y,
+                   thread.block->index.z);
     std::fprintf(stderr, ": ");
     if (thread.waits) std::fprintf(stderr, "at "), print(thread.place);
     std::fprintf(stderr, "%s\n", thread.waits ? "" : thread.exited ? "returned" : "on their way");
@@ -144,8 +146,10 @@ void run_thread() {
   ++exited;
   ++current->block->exited;
   ++current->warp->exited;
-  if (current->block->barrier.arrived) fail("its end", "a thread returned while others wait for it at a barrier of the block");
-  if (cluster_barrier_.arrived) fail("its end", "a thread returned while others wait for it at a barrier of the cluster");
+  if (current->block->barrier.arrived)
+    fail("its end", "a thread returned while others wait for it at a barrier of the block");
+  if (cluster_barrier_.arrived)
+    fail("its end", "a thread returned while others wait for it at a barrier of the cluster");
   if (current->warp->arrived) fail("its end", "a thread returned while lanes of its warp wait for it");
   leave(true);
 }
@@ -247,7 +251,8 @@ void run_grid(dim3 grid, dim3 block, unsigned cluster, std::size_t shared_bytes,
                    static_cast<unsigned>(row / grid.y)};
       own.shared = nullptr;
       own.shared_bytes = shared_bytes;
-      if (shared_bytes && posix_memalign(&own.shared, 128, shared_bytes) != 0) fail("its start", "no memory for the block");
+      if (shared_bytes && posix_memalign(&own.shared, 128, shared_bytes) != 0)
+        fail("its start", "no memory for the block");
       if (own.shared) std::memset(own.shared, 0xff, shared_bytes);
     }
     run_cluster();

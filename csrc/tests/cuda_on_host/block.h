@@ -9,8 +9,8 @@
 
 namespace dive_host_cuda {
 
-// Runs `thread` once for each thread of the grid, `cluster` blocks with neighbouring numbers at a time. For one thread of
-// the host at a time.
+// Runs `thread` once for each thread of the grid, `cluster` blocks with neighbouring numbers at a time. For one thread
+// of the host at a time.
 void run_grid(dim3 grid, dim3 block, unsigned cluster, std::size_t shared_bytes, const std::function<void()>& thread);
 
 // A number below `count` of the seeded sequence that orders everything.

@@ -276,25 +276,51 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
   DIVE_HOST_CUDA_CALL;
   if (index != 0) return report(cudaErrorInvalidDevice);
   switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock: *value = device.maxThreadsPerBlock; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = static_cast<int>(device.sharedMemPerBlock); return cudaSuccess;
-    case cudaDevAttrWarpSize: *value = device.warpSize; return cudaSuccess;
-    case cudaDevAttrMaxRegistersPerBlock: *value = device.regsPerBlock; return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: *value = device.multiProcessorCount; return cudaSuccess;
-    case cudaDevAttrCanMapHostMemory: *value = device.canMapHostMemory; return cudaSuccess;
-    case cudaDevAttrL2CacheSize: *value = device.l2CacheSize; return cudaSuccess;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = device.maxThreadsPerMultiProcessor; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor: *value = device.major; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = device.minor; return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = device.maxThreadsPerBlock;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = static_cast<int>(device.sharedMemPerBlock);
+      return cudaSuccess;
+    case cudaDevAttrWarpSize:
+      *value = device.warpSize;
+      return cudaSuccess;
+    case cudaDevAttrMaxRegistersPerBlock:
+      *value = device.regsPerBlock;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = device.multiProcessorCount;
+      return cudaSuccess;
+    case cudaDevAttrCanMapHostMemory:
+      *value = device.canMapHostMemory;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = device.l2CacheSize;
+      return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      *value = device.maxThreadsPerMultiProcessor;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = device.major;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = device.minor;
+      return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = static_cast<int>(device.sharedMemPerMultiprocessor);
       return cudaSuccess;
-    case cudaDevAttrCooperativeLaunch: *value = device.cooperativeLaunch; return cudaSuccess;
+    case cudaDevAttrCooperativeLaunch:
+      *value = device.cooperativeLaunch;
+      return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = static_cast<int>(device.sharedMemPerBlockOptin);
       return cudaSuccess;
-    case cudaDevAttrMaxBlocksPerMultiprocessor: *value = device.maxBlocksPerMultiProcessor; return cudaSuccess;
-    case cudaDevAttrMemoryPoolsSupported: *value = device.memoryPoolsSupported; return cudaSuccess;
+    case cudaDevAttrMaxBlocksPerMultiprocessor:
+      *value = device.maxBlocksPerMultiProcessor;
+      return cudaSuccess;
+    case cudaDevAttrMemoryPoolsSupported:
+      *value = device.memoryPoolsSupported;
+      return cudaSuccess;
   }
   return report(cudaErrorInvalidValue);
 }

@@ -115,8 +115,8 @@ inline int __any_sync(unsigned mask, int predicate, DIVE_HOST_CUDA_HERE) {
 inline int __all_sync(unsigned mask, int predicate, DIVE_HOST_CUDA_HERE) {
   return dive_host_cuda::ballot({"__all_sync", where}, mask, predicate != 0) == 0xffffffff;
 }
-#define DIVE_HOST_CUDA_REDUCE(name, T, expression)                                             \
-  inline T name(unsigned mask, T value, DIVE_HOST_CUDA_HERE) {                                              \
+#define DIVE_HOST_CUDA_REDUCE(name, T, expression)                                                        \
+  inline T name(unsigned mask, T value, DIVE_HOST_CUDA_HERE) {                                            \
     return dive_host_cuda::reduce({#name, where}, mask, value, [](T a, T b) -> T { return expression; }); \
   }
 DIVE_HOST_CUDA_REDUCE(__reduce_add_sync, unsigned, a + b)
@@ -124,7 +124,7 @@ DIVE_HOST_CUDA_REDUCE(__reduce_min_sync, unsigned, a < b ? a : b)
 DIVE_HOST_CUDA_REDUCE(__reduce_max_sync, unsigned, a < b ? b : a)
 DIVE_HOST_CUDA_REDUCE(__reduce_min_sync, int, a < b ? a : b)
 DIVE_HOST_CUDA_REDUCE(__reduce_max_sync, int, a < b ? b : a)
-DIVE_HOST_CUDA_REDUCE(__reduce_and_sync, unsigned, a & b)
+DIVE_HOST_CUDA_REDUCE(__reduce_and_sync, unsigned, a& b)
 DIVE_HOST_CUDA_REDUCE(__reduce_or_sync, unsigned, a | b)
 DIVE_HOST_CUDA_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 #undef DIVE_HOST_CUDA_REDUCE
@@ -146,9 +146,9 @@ T atomic(T* address, Update update) {
 
 }  // namespace dive_host_cuda
 
-#define DIVE_HOST_CUDA_ATOMIC(name, expression)                               \
-  template <dive_host_cuda::Atomic T>                                         \
-  T name(T* address, std::type_identity_t<T> x) {                             \
+#define DIVE_HOST_CUDA_ATOMIC(name, expression)                                     \
+  template <dive_host_cuda::Atomic T>                                               \
+  T name(T* address, std::type_identity_t<T> x) {                                   \
     return dive_host_cuda::atomic(address, [x](T old) -> T { return expression; }); \
   }
 // Wraps around as the device does, where signed addition in C++ must not.
@@ -157,7 +157,7 @@ DIVE_HOST_CUDA_ATOMIC(atomicMax, old < x ? x : old)
 DIVE_HOST_CUDA_ATOMIC(atomicMin, x < old ? x : old)
 DIVE_HOST_CUDA_ATOMIC(atomicExch, (static_cast<void>(old), x))
 DIVE_HOST_CUDA_ATOMIC(atomicOr, old | x)
-DIVE_HOST_CUDA_ATOMIC(atomicAnd, old & x)
+DIVE_HOST_CUDA_ATOMIC(atomicAnd, old& x)
 #undef DIVE_HOST_CUDA_ATOMIC
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
   return dive_host_cuda::atomic(address, [limit](unsigned old) { return old >= limit ? 0 : old + 1; });
@@ -180,17 +180,29 @@ inline long long clock64() {
 
 // Loads and stores with a hint, which the host has no use for.
 template <class T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+  return *p;
+}
 template <class T>
-T __ldcg(const T* p) { return *p; }
+T __ldcg(const T* p) {
+  return *p;
+}
 template <class T>
-T __ldcs(const T* p) { return *p; }
+T __ldcs(const T* p) {
+  return *p;
+}
 template <class T>
-T __ldca(const T* p) { return *p; }
+T __ldca(const T* p) {
+  return *p;
+}
 template <class T>
-void __stcg(T* p, std::type_identity_t<T> x) { *p = x; }
+void __stcg(T* p, std::type_identity_t<T> x) {
+  *p = x;
+}
 template <class T>
-void __stcs(T* p, std::type_identity_t<T> x) { *p = x; }
+void __stcs(T* p, std::type_identity_t<T> x) {
+  *p = x;
+}
 
 // Bits.
 inline int __popc(unsigned x) { return std::popcount(x); }
@@ -258,8 +270,8 @@ inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline double min(double a, double b) { return fmin(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
-#define DIVE_HOST_CUDA_MIN_MAX(T)                      \
-  inline T min(T a, T b) { return b < a ? b : a; }     \
+#define DIVE_HOST_CUDA_MIN_MAX(T)                  \
+  inline T min(T a, T b) { return b < a ? b : a; } \
   inline T max(T a, T b) { return a < b ? b : a; }
 DIVE_HOST_CUDA_MIN_MAX(int)
 DIVE_HOST_CUDA_MIN_MAX(unsigned)

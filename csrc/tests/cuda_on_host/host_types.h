@@ -16,12 +16,18 @@
 #define __shared__ static
 
 // CUDA's pairs and quadruples are aligned to their size, up to 16 bytes; triples like their element.
-#define DIVE_HOST_CUDA_VECTORS(T, name, pair, quadruple)                                                \
-  struct name##2 { alignas(pair) T x; T y; };                                                          \
-  struct name##3 { T x, y, z; };                                                                        \
-  struct name##4 { alignas(quadruple) T x; T y, z, w; };                                                \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                            \
-  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                                    \
+#define DIVE_HOST_CUDA_VECTORS(T, name, pair, quadruple)             \
+  struct name##2 {                                                   \
+    alignas(pair) T x;                                               \
+    T y;                                                             \
+  };                                                                 \
+  struct name##3 { T x, y, z; };                                     \
+  struct name##4 {                                                   \
+    alignas(quadruple) T x;                                          \
+    T y, z, w;                                                       \
+  };                                                                 \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }         \
+  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 DIVE_HOST_CUDA_VECTORS(signed char, char, 2, 4)
 DIVE_HOST_CUDA_VECTORS(unsigned char, uchar, 2, 4)

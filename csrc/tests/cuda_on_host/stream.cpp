@@ -32,9 +32,9 @@ struct CUstream_st {
   bool blocking = true;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
-  std::thread::id thread = {};   // that began the capture
-  cudaGraph_t graph = nullptr;   // that it captures into
-  bool owns_graph = false;       // until the end of the capture
+  std::thread::id thread = {};  // that began the capture
+  cudaGraph_t graph = nullptr;  // that it captures into
+  bool owns_graph = false;      // until the end of the capture
 };
 
 struct CUevent_st {
