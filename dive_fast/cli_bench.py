@@ -102,15 +102,19 @@ def _print_changes(comparison, before: str, after: str) -> None:
 
 
 def _readme(args: Namespace) -> int:
+    """1 if one of the files differs and was not to be filled."""
+    return max([_fill(Path(name), args.check) for name in args.readme])
+
+
+def _fill(path: Path, check: bool) -> int:
     from dive_fast.bench.readme import filled
 
-    path = Path(args.readme)
     text = files.read_text(path)
     made = filled(text, str(path), lambda name: files.read_json(path.parent / name))
     if made == text:
         print(f"{path} is up to date.")
         return 0
-    if args.check:
+    if check:
         print(f"{path} differs from its results files; fill it: dive-fast bench --readme {path}", file=sys.stderr)
         return 1
     files.write_text(path, made.removesuffix("\n"))

@@ -320,8 +320,9 @@ def test_tables_of_scores_come_from_the_demo_and_from_experiments():
     assert "| LoRA | 461 k | 90 s | 231 s | 2.00 GB | 42 s | 512 | 400 MB | native |" in costs
 
 
-def test_the_readme_is_up_to_date_with_the_results():
-    assert cli.main(["bench", "--readme", str(ROOT / "README.md"), "--check"]) == 0
+def test_the_pages_are_up_to_date_with_the_results():
+    pages = (ROOT / "README.md", ROOT / "benchmarks/RESULTS.md")
+    assert cli.main(["bench", "--readme", *map(str, pages), "--check"]) == 0
 
 
 # The command
@@ -346,6 +347,10 @@ def test_filling_a_readme(tmp_path, capsys):
     assert cli.main(["bench", "--readme", str(readme)]) == 0
     assert "| eager | 0.40 (0.40 to 0.40) | 0.09 |" in readme.read_text()
     assert cli.main(["bench", "--readme", str(readme), "--check"]) == 0
+    other = tmp_path / "OTHER.md"
+    other.write_text("<!-- table: loss-ratios a.json -->\n<!-- /table -->\n")
+    assert cli.main(["bench", "--readme", str(other), str(readme), "--check"]) == 1, "one that is up to date hides none"
+    capsys.readouterr()
     readme.write_text("<!-- table: loss-ratios b.json -->\n<!-- /table -->\n")
     assert cli.main(["bench", "--readme", str(readme)]) == 2
     assert "b.json: No such file" in capsys.readouterr().err
