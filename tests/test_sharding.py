@@ -22,8 +22,8 @@ from dive_fast.errors import InputError
 from dive_fast.models.hidden import unwrapped
 from dive_fast.models.spec import decoder_of
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
-from tests.test_train import RECORDS, SHORT
 from tests.tiny_processors import tiny_backbone
+from tests.training_runs import RECORDS, SHORT
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

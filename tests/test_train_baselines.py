@@ -14,7 +14,7 @@ from dive_fast.likelihood import report_nll
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
 from dive_fast.supervision.cache import model_fingerprint
 from dive_fast.supervision.teacher import TeacherRunner, without_steering
-from tests.test_train import PLAIN, RECORDS, adapter_bytes, losses, run
+from tests.training_runs import PLAIN, RECORDS, adapter_bytes, losses, run
 
 
 def lora(**options) -> peft.LoraConfig:
