@@ -360,7 +360,9 @@ def _bench(commands) -> None:
     use = parser.add_mutually_exclusive_group()
     use.add_argument("--report", nargs="+", metavar="FILE", help="make a page of results files")
     use.add_argument("--compare", nargs=2, metavar=("A", "B"), help="what changed from A to B")
-    use.add_argument("--readme", nargs="+", metavar="FILE", help="fill Markdown files' tables from the results they name")
+    use.add_argument(
+        "--readme", nargs="+", metavar="FILE", help="fill Markdown files' tables from the results they name"
+    )
     parser.add_argument("--check", action="store_true", help="with --readme: change nothing, exit 1 if it differs")
     parser.add_argument(
         "--output", metavar="PATH", help="results file (bench-results.json), or folder of --report (bench-report)"

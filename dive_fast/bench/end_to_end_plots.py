@@ -45,39 +45,39 @@ def training_curves(records: Sequence[Record]):
 def training_memory(records: Sequence[Record]):
     """Peak memory of the end-to-end runs."""
     found = [r for r in records if r.group == "end-to-end training"]
-    if not found:
-        return None
-    systems = looks(name for r in found for name in r.get("systems"))
-    height = HEAD + sum(0.5 + ROW * len(r.get("systems")) for r in found)
-    fig, axes = figure(
-        "Training: peak memory of a step, beyond the frozen weights", found, rows=len(found), height=height
+    return _bars_of_systems(
+        "Training: peak memory of a step, beyond the frozen weights",
+        "MiB",
+        found,
+        lambda r, name: Interval(r.get("systems")[name]["peak_memory"] / 2**20),
+        lambda r: f"{r.get('backbone')}, {r.get('dtype')}, {r.get('reports')} reports a step",
+        show=lambda value: size(value * 2**20),
     )
-    for axis, r in zip(axes, found, strict=True):
-        peaks = {name: Interval(one["peak_memory"] / 2**20) for name, one in r.get("systems").items()}
-        rows = [(label(name), peak, systems[name]) for name, peak in peaks.items()]
-        bars(axis, rows, show=lambda value: size(value * 2**20))
-        axis.set_title(f"{r.get('backbone')}, {r.get('dtype')}, {r.get('reports')} reports a step")
-        axis.set_xlabel("MiB")
-    return fig
 
 
 def reports_per_minute(records: Sequence[Record]):
     """Reports a minute by system, steered and not."""
     found = [r for r in records if r.group == "end-to-end reports"]
-    if not found:
+    return _bars_of_systems(
+        "Reports a minute, prompts and prefill included",
+        "reports a minute (median, 95 % interval)",
+        found,
+        lambda r, name: r.interval("systems", name, "reports_per_minute"),
+        lambda r: f"{r.get('problem')}, {r.get('steering')}: {r.get('reports')} reports, {r.get('batch')} at a time",
+    )
+
+
+def _bars_of_systems(title: str, unit: str, records: Sequence[Record], value, heading, **how):
+    """A panel a record, a bar a system; `value(record, system)` an interval, `heading(record)` the panel's title."""
+    if not records:
         return None
-    systems = looks(name for r in found for name in r.get("systems"))
-    height = HEAD + sum(0.5 + ROW * len(r.get("systems")) for r in found)
-    fig, axes = figure("Reports a minute, prompts and prefill included", found, rows=len(found), height=height)
-    for axis, r in zip(axes, found, strict=True):
-        rows = [
-            (label(name), r.interval("systems", name, "reports_per_minute"), systems[name]) for name in r.get("systems")
-        ]
-        bars(axis, rows)
-        axis.set_title(
-            f"{r.get('problem')}, {r.get('steering')}: {r.get('reports')} reports, {r.get('batch')} at a time"
-        )
-        axis.set_xlabel("reports a minute (median, 95 % interval)")
+    systems = looks(name for r in records for name in r.get("systems"))
+    height = HEAD + sum(0.5 + ROW * len(r.get("systems")) for r in records)
+    fig, axes = figure(title, records, rows=len(records), height=height)
+    for axis, r in zip(axes, records, strict=True):
+        bars(axis, [(label(name), value(r, name), systems[name]) for name in r.get("systems")], **how)
+        axis.set_title(heading(r))
+        axis.set_xlabel(unit)
     return fig
 
 
