@@ -35,23 +35,19 @@ struct PairedRows {
   }
 
   template <int kR, int kB, bool kAsk>
-  [[gnu::always_inline]] static void tile(const Bf16* w, std::int64_t w_stride, const float* x, std::int64_t columns,
+  [[gnu::always_inline]] static void tile(const Bf16* w, std::int64_t, const float* x, std::int64_t columns,
                                           const char* ahead, vf* totals) {
+    static_assert(kR == kRowTile);
     constexpr int kSteps = kLineBytes / static_cast<int>(kBlock * sizeof(Bf16));
     const std::int64_t stride = x_stride(columns);
-    vf even[kB][kR], odd[kB][kR];
-    unroll<kB>([&](auto b) __attribute__((always_inline)) {
-      unroll<kR>([&](auto r) __attribute__((always_inline)) { even[b][r] = odd[b][r] = vf{}; });
-    });
+    vf even[kB], odd[kB];
+    unroll<kB>([&](auto b) __attribute__((always_inline)) { even[b] = odd[b] = vf{}; });
     const auto add = [&](std::int64_t k, auto load_at) __attribute__((always_inline)) {
-      vu weights[kR];
-      unroll<kR>([&](auto r) __attribute__((always_inline)) { weights[r] = load_at(w + r * w_stride + k); });
+      const vu weights = load_at(w + k);
       unroll<kB>([&](auto b) __attribute__((always_inline)) {
         const float* numbers = x + b * stride + k;
-        unroll<kR>([&](auto r) __attribute__((always_inline)) {
-          even[b][r] += (vf)(weights[r] << 16) * load(numbers);
-          odd[b][r] += (vf)(weights[r] & 0xffff0000u) * load(numbers + kLanes);
-        });
+        even[b] += (vf)(weights << 16) * load(numbers);
+        odd[b] += (vf)(weights & 0xffff0000u) * load(numbers + kLanes);
       });
     };
     std::int64_t k = 0;
@@ -73,9 +69,7 @@ struct PairedRows {
         return words;
       });
     }
-    unroll<kB>([&](auto b) __attribute__((always_inline)) {
-      unroll<kR>([&](auto r) __attribute__((always_inline)) { totals[b * kLanes + r] = even[b][r] + odd[b][r]; });
-    });
+    unroll<kB>([&](auto b) __attribute__((always_inline)) { totals[b * kLanes] = even[b] + odd[b]; });
   }
 };
 
@@ -137,27 +131,20 @@ struct DigitRows {
   }
 
   template <int kR, int kB, bool kAsk>
-  [[gnu::always_inline]] static void tile(const Int8* w, std::int64_t w_stride, const float* x, std::int64_t columns,
+  [[gnu::always_inline]] static void tile(const Int8* w, std::int64_t, const float* x, std::int64_t columns,
                                           const char* ahead, vf* totals) {
+    static_assert(kR == kRowTile);
     const std::int64_t stride = x_stride(columns);
-    __m512i sums[kB][kR][kDigits];
+    __m512i sums[kB][kDigits];
     unroll<kB>([&](auto b) __attribute__((always_inline)) {
-      unroll<kR>([&](auto r) __attribute__((always_inline)) {
-        unroll<kDigits>(
-            [&](auto i) __attribute__((always_inline)) { sums[b][r][i] = bits(x + b * stride + kBegins + i * 16); });
-      });
+      unroll<kDigits>([&](auto i)
+                          __attribute__((always_inline)) { sums[b][i] = bits(x + b * stride + kBegins + i * 16); });
     });
     const auto add = [&](std::int64_t k, auto load_at) __attribute__((always_inline)) {
-      __m512i weights[kR];
-      unroll<kR>([&](auto r) __attribute__((always_inline)) {
-        weights[r] = _mm512_xor_si512(load_at(w + r * w_stride + k), _mm512_set1_epi8(-128));
-      });
+      const __m512i weights = _mm512_xor_si512(load_at(w + k), _mm512_set1_epi8(-128));
       unroll<kB>([&](auto b) __attribute__((always_inline)) {
         unroll<kDigits>([&](auto i) __attribute__((always_inline)) {
-          const __m512i numbers = bits(digits(x + b * stride, k, i));
-          unroll<kR>([&](auto r) __attribute__((always_inline)) {
-            sums[b][r][i] = _mm512_dpbusd_epi32(sums[b][r][i], weights[r], numbers);
-          });
+          sums[b][i] = _mm512_dpbusd_epi32(sums[b][i], weights, bits(digits(x + b * stride, k, i)));
         });
       });
     };
@@ -172,10 +159,8 @@ struct DigitRows {
     }
     const auto number = [](__m512i v) __attribute__((always_inline)) { return __builtin_convertvector((vi)v, vf); };
     unroll<kB>([&](auto b) __attribute__((always_inline)) {
-      unroll<kR>([&](auto r) __attribute__((always_inline)) {
-        const auto& s = sums[b][r];
-        totals[b * kLanes + r] = number(s[2]) * splat(65536.0f) + (number(s[1]) * splat(256.0f) + number(s[0]));
-      });
+      const auto& s = sums[b];
+      totals[b * kLanes] = number(s[2]) * splat(65536.0f) + (number(s[1]) * splat(256.0f) + number(s[0]));
     });
   }
 };
