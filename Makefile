@@ -66,11 +66,11 @@ demo: $(STAMP) ## train and compare on the bundled model and reports (ARGS="--ou
 lint: $(STAMP) ## check the style: Python by ruff, C++ by clang-format
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	@echo 'clang-format: $(words $(CPP_FILES)) files'; $(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 format: $(STAMP) ## lay Python and C++ out as lint wants them
 	$(BIN)/python -m ruff format .
-	$(BIN)/clang-format -i $(CPP_FILES)
+	@$(BIN)/clang-format -i $(CPP_FILES)
 
 clean: ## remove builds and caches
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
