@@ -67,7 +67,17 @@ def train(args: Namespace) -> int:
             print(f"  {name}: {value:.6g}" if isinstance(value, float) else f"  {name}: {value}")
         print(f"The adapter is in {result.adapter_dir}. Write reports with it:")
         print(f"  dive-fast generate --adapter {result.adapter_dir} --data ... --output predictions.jsonl")
+    _leave_process_group()
     return 0
+
+
+def _leave_process_group() -> None:
+    """Joins the threads that connect the processes of a run: one that still holds a Python object when the interpreter
+    ends is stopped inside C++, and with it the process, after all work was done, is aborted."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager

@@ -142,8 +142,18 @@ def test_its_results_become_a_page_and_compare_with_themselves(smoke, tmp_path, 
     assert "0 slower, 0 faster, " in capsys.readouterr().out
 
 
+def test_the_ablation_runs_at_smoke_scale(tmp_path):
+    results = tmp_path / "quality.json"
+    command = (sys.executable, "-m", "pytest", "benchmarks/quality", "--scale", "smoke", "-p", "no:cacheprovider")
+    outcome = run(*command, "--results", str(results))
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    systems = json.loads(results.read_text())["systems"]
+    assert [system["name"] for system in systems] == ["zero_shot", "dive", "dive_no_eos", "fixed"]
+
+
 def test_the_ablation_is_an_experiment():
-    experiment = pytest.importorskip("dive_fast.experiment.settings", reason="no `dive-fast experiment` here")
+    from dive_fast.experiment import settings as experiment
+
     config = experiment.load_experiment(ROOT / "benchmarks" / "quality" / "ablation.yaml")
     assert len(config.seeds) >= 3 and config.compare_with == "dive"
     chosen = {row.get("like", name) for name, row in config.systems.items()}

@@ -115,7 +115,10 @@ def work(folder: Path) -> None:
 
 def script(folder: Path, body: str) -> Path:
     path = folder / "worker.py"
-    path.write_text(f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT)!r})\n{body}\n")
+    path.write_text(
+        f"import sys\nfrom pathlib import Path\nimport torch.distributed as dist\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"{body}\nif dist.is_initialized():\n    dist.destroy_process_group()\n"
+    )
     return path
 
 
@@ -223,9 +226,14 @@ def test_the_command_line_shards_and_changes_no_bit(tmp_path):
         f"model: {tmp_path / 'model'}\ndata: {tmp_path / 'data.jsonl'}\n"
         "training: {max_steps: 4, per_device_train_batch_size: 2, save_strategy: 'no'}\n"
     )
+    body = (
+        "from dive_fast import cli\nassert cli.main(sys.argv[1:]) == 0\n"
+        "assert not dist.is_initialized(), 'threads of the process group outlive the command'"
+    )
+    command = [*TORCHRUN, script(tmp_path, body), "train", tmp_path / "run.yaml"]
     for folder, option in (("sharded", "training.fsdp=true"), ("copied", "training.fsdp=null")):
-        argv = ["-m", "dive_fast.cli", "train", tmp_path / "run.yaml", option, "--output", tmp_path / folder]
-        done = subprocess.run([*TORCHRUN, *argv], capture_output=True, text=True, timeout=120)
+        argv = [option, "--output", tmp_path / folder]
+        done = subprocess.run([*command, *argv], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-4000:]
     # The same reports in every process, whatever the precision that the command loads the model in.
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("sharded", "copied")]

@@ -22,10 +22,13 @@ WORKER = textwrap.dedent(
     """
     import sys; sys.path.insert(0, {tests!r})
     import dive_fast
+    import torch.distributed as dist
     from pathlib import Path
     from training_runs import RECORDS, REPORTS, run
     args = {{"per_device_train_batch_size": int(sys.argv[2])}} | REPORTS
     run(Path(sys.argv[1]), args=args, teacher=dive_fast.Teacher(shots=2), eval_dataset=RECORDS[:5])
+    if dist.is_initialized():
+        dist.destroy_process_group()
     """
 )
 
