@@ -72,8 +72,11 @@ def train(args: Namespace) -> int:
 
 
 def _leave_process_group() -> None:
-    """Joins the threads that connect the processes of a run: one that still holds a Python object when the interpreter
-    ends is stopped inside C++, and with it the process, after all work was done, is aborted."""
+    """Joins the threads that connect the processes of a run.
+
+    With them alive a process was seen to abort at its exit, all work done ("terminate called without an active
+    exception"): most likely one of them wanted the interpreter while that ended, and was stopped inside C++.
+    """
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():

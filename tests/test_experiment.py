@@ -29,14 +29,8 @@ from dive_fast.experiment.settings import load_experiment
 from dive_fast.experiment.systems import resolve
 from dive_fast.likelihood import report_nll
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
+from tests.training_runs import FINDINGS
 
-FINDINGS = (
-    "no pleural effusion",
-    "left pleural effusion",
-    "the lungs are clear",
-    "mild cardiomegaly",
-    "no pneumothorax",
-)
 SYSTEMS = {
     "zero_shot": {"kind": "zero_shot"},
     "few_shot": {"kind": "few_shot"},

@@ -25,8 +25,6 @@ SHORT = {
     "save_strategy": "no",
 }
 PLAIN = dive_fast.Supervision(pathology_weight=0, eos_weight=0)
-
-
 REPORTS = {"eval_reports": 3, "eval_max_new_tokens": 12}
 
 
