@@ -184,5 +184,6 @@ def test_streaming_kernels_fit_an_sm_without_spills(name, dtype, features):
         num_warps=4 if name == "combine" else tile.warps,
     )
     for (_, capability), used in resources.items():
+        assert used.deferred_sums == 0, capability
         assert used.spill_bytes == 0, capability
         assert used.shared_bytes <= SHARED_MEMORY_LIMITS[capability], capability

@@ -48,11 +48,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Resources:
-    """Per thread: registers, spill_bytes (stack and local memory). Per block: shared_bytes."""
+    """Per thread: registers, spill_bytes (stack and local memory). Per block: shared_bytes. And deferred_sums.
+
+    deferred_sums counts a loop's accumulators that Triton replaced by parts a thread, to be added up after the loop
+    (its pass OptimizeThreadLocality): in Triton 3.6 and 3.7 what reads one of them in the loop gets its start instead.
+    """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
+    deferred_sums: int
 
 
 def measure(requests: Sequence[Request]) -> list[Resources]:
@@ -98,7 +103,13 @@ def _compile(entry) -> Resources:
     options = {name: entry[name] for name in ("num_warps", "num_stages", "maxnreg")}
     compiled = triton.compile(source, target=GPUTarget("cuda", entry["capability"], 32), options=options)
     usage = _resource_usage(compiled.asm["cubin"])
-    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], max(usage["SHARED"], compiled.metadata.shared))
+    return Resources(
+        usage["REG"],
+        usage["STACK"] + usage["LOCAL"],
+        max(usage["SHARED"], compiled.metadata.shared),
+        # The pass marks the views that it splits the summed dimension with.
+        compiled.asm["ttgir"].count("efficient_layout"),
+    )
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

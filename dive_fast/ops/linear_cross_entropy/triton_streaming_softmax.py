@@ -236,7 +236,10 @@ def linear_cross_entropy_streaming_parts_fwd_kernel(
                 top_tiles_ptr, top_indices_ptr, top_log_probs_ptr, teacher_t, n_mask, start, K, BLOCK_V, BLOCK_K
             )
             kl += (new_max - running_max) * top_mass + tl.sum(times_log(q, tl.log(q) - shifted), 1)
-            top_mass += tl.sum(q, 1)
+            # Not tl.sum(q, 1). Where a loop adds up sums straight from a load, Triton (3.6 and 3.7 at least; its pull
+            # request 11842 mends it) leaves the parts with the threads until the loop ends, and whatever reads the
+            # accumulator before, as kl above does, finds the 0 it started from. A selection in between is left alone.
+            top_mass += tl.sum(tl.where(q > 0.0, q, 0.0), 1)
         running_max = new_max
 
     part_ptrs = parts_ptr + split.to(tl.int64) * PARTS * N + n
