@@ -95,14 +95,20 @@ def ours(residual, update, parameters, mask, norm_weight, flags, upstream, wante
     return {"steered": steered} | ({} if norm_weight is None else {"normalized": normalized}) | gradients
 
 
-def by_autograd(residual, update, parameters, mask, norm_weight, flags, upstream, dtype=None):
-    """The same from the reference, with everything in `dtype` from the rounded sum on; None leaves the dtypes."""
+def by_autograd(residual, update, parameters, mask, norm_weight, flags, upstream, dtype=None, terms=False):
+    """The same from the reference, with everything in `dtype` from the rounded sum on; None leaves the dtypes.
+
+    With `terms`, the gradients of the numbers alpha and gate_offset are not yet summed: [T, D] and [T].
+    """
 
     def leaf(x):
         return None if x is None else x.detach().to(dtype or x.dtype).clone().requires_grad_()
 
     h = leaf(residual if update is None else residual + update)
-    leaves = {name: None if x is None else leaf(x[0]) for name, x in parameters.items()}
+    shapes = {"alpha": h.shape, "gate_offset": h.shape[:1]} if terms else {}
+    leaves = {
+        name: None if x is None else leaf(x[0].expand(shapes.get(name, x[0].shape))) for name, x in parameters.items()
+    }
     weight = leaf(norm_weight)
     values = dict(leaves)
     gate = (values.pop("gate_direction"), values.pop("gate_offset"))
@@ -120,13 +126,27 @@ def by_autograd(residual, update, parameters, mask, norm_weight, flags, upstream
 
 
 def assert_as_close_as_torch(got, arguments, dtype):
-    truth, in_dtype = by_autograd(*arguments, dtype=torch.float64), by_autograd(*arguments)
+    truth, in_dtype = by_autograd(*arguments, dtype=torch.float64, terms=True), by_autograd(*arguments)
     assert got.keys() == truth.keys()
+    residual, update, parameters, _, _, flags, _ = arguments
     for name, true in truth.items():
+        size, weight = true.abs().max(), 1.0
+        if name in ("alpha", "gate_offset"):
+            # One number, the sum of up to T * D terms of both signs. Where it comes out near 0, the roundings of its
+            # terms are no smaller, and there are no other elements to show how large they are: torch is then off by
+            # 5e-6 as a rule and by 2e-7 by luck. Roundings add up as the squares of the terms do.
+            size = torch.maximum(true.norm(), true.sum().abs())
+            true = true.sum()
+        elif name == "residual" and parameters["down"] is not None and flags["normalize_input"]:
+            # The input's normalization divides a row's gradient by the row's rms, and the roundings with it; of rows
+            # with one dimension some are near 0.
+            h = (residual if update is None else residual + update).double()
+            weight = h.square().mean(-1, keepdim=True).sqrt().clamp(max=1)
+            size = (weight * true).abs().max()
         mine = got[name].double().reshape(true.shape)
-        allowed = (in_dtype[name] - true).abs().max() + spec.TOLERANCES[dtype] * true.abs().max().clamp(min=1)
+        error_of_torch = (weight * (in_dtype[name] - true)).abs().max()
         # Written so that a NaN fails.
-        assert (mine - true).abs().max() <= allowed, name
+        assert (weight * (mine - true)).abs().max() <= error_of_torch + spec.TOLERANCES[dtype] * size.clamp(min=1), name
 
 
 @pytest.mark.parametrize("case", METHOD_CASES + SHAPE_CASES, ids=lambda case: case.name)
@@ -167,7 +187,7 @@ def test_the_next_norm_multiplies_in_the_wider_dtype():
 
 
 @pytest.mark.parametrize("option", ["lowrank", "everything"])
-def test_strides_and_repetition_change_no_bit(option):
+def test_repetition_changes_no_bit_and_strides_change_roundings_only(option):
     arguments = make(spec.Case("", 21, 40, 5, **spec.OPTIONS[option] | {"gate": True}))
     residual, update, parameters, mask, norm_weight, flags, upstream = arguments
     expected = ours(*arguments)
@@ -178,10 +198,13 @@ def test_strides_and_repetition_change_no_bit(option):
     for name in ("down", "up"):
         spaced[name] = parameters[name].mT.contiguous().mT
     pulled = [x if x is None else x.repeat_interleave(2, 1)[:, ::2] for x in upstream]
-    strided = ours(*rows, spaced, mask, norm_weight, flags, pulled)
+    arguments = (*rows, spaced, mask, norm_weight, flags, pulled)
+    strided = ours(*arguments)
+    assert_as_close_as_torch(strided, arguments, torch.float32)
     for name, value in expected.items():
         assert torch.equal(again[name], value), name
-        assert torch.equal(strided[name], value), name
+        # Compiled, loads are as wide as the strides allow, and which values a thread holds is the order they add up in.
+        assert DEVICE == "cuda" or torch.equal(strided[name], value), name
 
 
 @pytest.mark.parametrize(
@@ -369,6 +392,7 @@ def test_kernels_fit_a_multiprocessor_without_spilling(capability):
             cases.append(constants)
             requests.append(replace(request, signature=signature, constexprs=constexprs, divisible=divisible))
     for case, resources in zip(cases, measure(requests), strict=True):
+        assert resources.deferred_sums == 0, (case, resources)
         # A stack of two registers appears at 72 registers as well as at 255: it is not what a full file spills.
         assert resources.spill_bytes <= 16, (case, resources)
         assert resources.shared_bytes <= SHARED_MEMORY_LIMITS[capability] / 2, (case, resources)
