@@ -14,6 +14,9 @@ import torch  # noqa: E402
 
 torch.set_num_threads(2)
 
+# Convolutions of float32, such as a vision tower's patches, in float32: cuDNN rounds their inputs to tf32 by default.
+torch.backends.cudnn.allow_tf32 = False
+
 if not torch.cuda.is_available():
     # Triton decides when a kernel is defined whether it will be interpreted, so before the first import of triton.
     os.environ["TRITON_INTERPRET"] = "1"

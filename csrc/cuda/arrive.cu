@@ -39,7 +39,7 @@ struct Slice {
 
 // Where a block's shared memory has what, in floats; the same in all blocks of a cluster.
 struct Layout {
-  int ahead, h, meeting, warps, post, down, norm, totals, activated, scales, size;
+  int ahead, h, warps, post, down, norm, totals, activated, gates, scales, size;
 
   __host__ __device__ Layout(int rows, int width, int most_rank, bool half) {
     int next = 0;
@@ -50,21 +50,26 @@ struct Layout {
     };
     // [down, up][ranks][width] in half precision
     ahead = take(half ? (most_rank < kAhead ? most_rank : kAhead) * width : 0);
-    h = take(rows * width);                  // [rows][width]
-    meeting = take(kWarps * rows * kGroup);  // [warps][rows][kGroup]: parts of the push
-    warps = take(rows * kWarps);             // [rows][warps]: parts of a sum
-    post = take(rows);                       // what the cluster's blocks read: |update|^2,
-    down = take(rows * (most_rank + 2));     // the first product, |h|^2 and the gate's,
-    norm = take(rows);                       // |h'|^2
+    h = take(rows * width);               // [rows][width]
+    warps = take(rows * kWarps);          // [rows][warps]: parts of a sum
+    post = take(rows);                    // what the cluster's blocks read: |update|^2,
+    down = take(rows * (most_rank + 2));  // the first product, |h|^2 and the gate's,
+    norm = take(rows);                    // |h'|^2
     totals = take(rows * (most_rank + 2));
-    activated = take(rows * most_rank);
+    activated = take(rows * most_rank);  // [ranks][rows]
+    gates = take(rows);
     scales = take(2 * rows);  // of a row: what it, and what its normed form, is multiplied by
     size = next;
   }
 };
 
+// Sums over rows that are not there are taken as well, of zeros: loops of a known length, whose loads are all on their
+// way before the first is needed.
 template <int kRows, bool kHalf>
 struct Tile {
+  // Ranks that a warp multiplies at a time, so that it has several sums to give away in any case.
+  static constexpr int kRanks = kRows == 1 ? 4 : 1;
+
   const Steer& a;
   const int first_row, rows;
   const Slice slice;
@@ -77,18 +82,25 @@ struct Tile {
       : a(arguments), first_row(blockIdx.y * kRows), rows(min(kRows, batch - first_row)),
         slice(arguments.hidden_size, cluster_size(), cluster_rank()),
         at(kRows, slice.width, arguments.most_rank, kHalf), shared(memory), steering(nullptr), acts(0) {
-    for (int b = 0; a.steerings && b < rows; ++b) {
-      const int adapter = a.adapters[first_row + b];
-      if (adapter < 0) continue;
-      const Steering* const own = a.steerings + adapter * a.steerings_stride;
-      if (own->rank < 0) continue;
-      steering = own;
+    if (!a.steerings) return;
+    int adapters[kRows];
+#pragma unroll
+    for (int b = 0; b < kRows; ++b) adapters[b] = b < rows ? a.adapters[first_row + b] : -1;
+    int adapter = -1;
+#pragma unroll
+    for (int b = 0; b < kRows; ++b) {
+      if (adapters[b] < 0) continue;
+      adapter = adapters[b];
       acts |= 1u << b;
     }
+    if (adapter < 0) return;
+    const Steering* const own = a.steerings + adapter * a.steerings_stride;
+    if (own->rank >= 0) steering = own;
   }
 
+  // Of a row that is not there, the last one's.
   __device__ std::int64_t row(int b) const {
-    return static_cast<std::int64_t>(first_row + b) * a.hidden_size + slice.first;
+    return static_cast<std::int64_t>(first_row + min(b, rows - 1)) * a.hidden_size + slice.first;
   }
   __device__ float* h(int b) const { return shared + at.h + b * slice.width; }
   __device__ float* down(int b) const { return shared + at.down + b * (a.most_rank + 2); }
@@ -97,18 +109,18 @@ struct Tile {
   // The part of the sums of value(b, d) over this block's columns to out[b * stride].
   template <class Value>
   __device__ __forceinline__ void add_up(float* out, int stride, Value value) const {
-    const int warp = threadIdx.x / kWarp;
+    float sums[kRows] = {};
+#pragma unroll 2
+    for (int d = threadIdx.x; d < slice.count; d += kThreads) {
 #pragma unroll
-    for (int b = 0; b < kRows; ++b) {
-      if (b >= rows) break;
-      float sum = 0;
-      for (int d = threadIdx.x; d < slice.count; d += kThreads) sum += value(b, d);
-      sum = warp_sum(sum);
-      if (threadIdx.x % kWarp == 0) shared[at.warps + b * kWarps + warp] = sum;
+      for (int b = 0; b < kRows; ++b) sums[b] += value(b, d);
     }
+    const Share share = scatter_sums(sums, kWarp);
+    if (share.speaks) shared[at.warps + share.first * kWarps + threadIdx.x / kWarp] = sums[0];
     __syncthreads();
-    if (threadIdx.x < static_cast<unsigned>(rows)) {
+    if (threadIdx.x < kRows) {
       float sum = 0;
+#pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += shared[at.warps + threadIdx.x * kWarps + w];
       out[threadIdx.x * stride] = sum;
     }
@@ -117,8 +129,14 @@ struct Tile {
 
   // The sum over all blocks of what each has there.
   static __device__ __forceinline__ float gathered(const float* own) {
-    float sum = 0;
-    for (unsigned block = 0; block < cluster_size(); ++block) sum += load_of_block(own, block);
+    const unsigned blocks = cluster_size();
+    float parts[kMostCluster], sum = 0;
+#pragma unroll
+    for (unsigned block = 0; block < kMostCluster; ++block) {
+      parts[block] = block < blocks ? load_of_block(own, block) : 0.0f;
+    }
+#pragma unroll
+    for (unsigned block = 0; block < kMostCluster; ++block) sum += parts[block];
     return sum;
   }
 
@@ -131,19 +149,25 @@ struct Tile {
         return x * x;
       });
       cluster_sync();
-      if (threadIdx.x < static_cast<unsigned>(rows)) {
+      if (threadIdx.x < kRows) {
         shared[at.scales + threadIdx.x] =
             1.0f / sqrtf(gathered(shared + at.post + threadIdx.x) / a.hidden_size + a.post.eps);
       }
       __syncthreads();
     }
+#pragma unroll 2
+    for (int d = threadIdx.x; d < slice.count; d += kThreads) {
+      const float weight = scaled ? a.post.weight[slice.first + d] : 0.0f;
+      float x[kRows], update[kRows];
 #pragma unroll
-    for (int b = 0; b < kRows; ++b) {
-      if (b >= rows) break;
-      for (int d = threadIdx.x; d < slice.count; d += kThreads) {
-        const float x = a.residual[row(b) + d], update = a.update ? a.update[row(b) + d] : 0.0f;
-        const float added = scaled ? update * shared[at.scales + b] * a.post.weight[slice.first + d] : update;
-        h(b)[d] = a.update ? x + added : x;
+      for (int b = 0; b < kRows; ++b) {
+        x[b] = a.residual[row(b) + d];
+        update[b] = a.update ? a.update[row(b) + d] : 0.0f;
+      }
+#pragma unroll
+      for (int b = 0; b < kRows; ++b) {
+        const float added = scaled ? update[b] * shared[at.scales + b] * weight : update[b];
+        h(b)[d] = b >= rows ? 0.0f : a.update ? x[b] + added : x[b];
       }
     }
     __syncthreads();
@@ -162,7 +186,7 @@ struct Tile {
            column % cpu::kRankPanel;
   }
 
-  // Where 16 bytes of the first (0) or second matrix are brought to; a thread finds its own there.
+  // Where 16 bytes of the first (0) or second matrix are brought to.
   __device__ std::uint16_t* ahead(int matrix, int rank, int column) const {
     const int ranks = min(a.most_rank, kAhead);
     return reinterpret_cast<std::uint16_t*>(shared + at.ahead) + (matrix * ranks + rank) * slice.width + column;
@@ -179,20 +203,20 @@ struct Tile {
     }
   }
 
-  // Eight numbers of the first (0) or second matrix.
-  __device__ __forceinline__ void eight(int matrix, int rank, int column, float (&out)[8]) const {
-    const std::int64_t element = matrix ? up_at(rank, column) : down_at(rank, column);
+  __device__ __forceinline__ float widened(std::uint16_t bits) const {
+    return steering->dtype == DType::kBFloat16 ? bf16_to_float(bits) : f16_to_float(bits);
+  }
+
+  // Eight numbers of the first matrix.
+  __device__ __forceinline__ void eight(int rank, int column, float (&out)[8]) const {
+    const std::int64_t element = down_at(rank, column);
     if constexpr (kHalf) {
       const uint4 packed = rank < kAhead
-                               ? *reinterpret_cast<const uint4*>(ahead(matrix, rank, column))
+                               ? *reinterpret_cast<const uint4*>(ahead(0, rank, column))
                                : load_streaming(static_cast<const std::uint16_t*>(steering->matrices) + element);
       const std::uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-      const bool bf16 = steering->dtype == DType::kBFloat16;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const auto bits = static_cast<std::uint16_t>(words[i / 2] >> (16 * (i % 2)));
-        out[i] = bf16 ? bf16_to_float(bits) : f16_to_float(bits);
-      }
+      for (int i = 0; i < 8; ++i) out[i] = widened(static_cast<std::uint16_t>(words[i / 2] >> (16 * (i % 2))));
     } else if (steering->dtype == DType::kFloat32) {
       load_eight<DType::kFloat32, true>(static_cast<const float*>(steering->matrices) + element, out);
     } else if (steering->dtype == DType::kBFloat16) {
@@ -202,97 +226,101 @@ struct Tile {
     }
   }
 
-  // This block's part of one rank's first product.
-  __device__ __forceinline__ void multiply_rank(int rank) const {
-    const int lane = threadIdx.x % kWarp;
-    float sums[kRows] = {};
-    for (int column = lane * 8; column < slice.count; column += kGroup) {
-      float weights[8];
-      eight(0, rank, column, weights);
+  // One number of the second matrix, where it lies.
+  __device__ __forceinline__ float one(int rank, int column) const {
+    const std::int64_t element = up_at(rank, column);
+    if (!kHalf && steering->dtype == DType::kFloat32) return static_cast<const float*>(steering->matrices)[element];
+    return widened(static_cast<const std::uint16_t*>(steering->matrices)[element]);
+  }
+
+  // This block's part of the first product.
+  __device__ void multiply() const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    for (int group = 0; group < slice.count; group += kGroup) {
+      const int column = group + lane * 8;
+      const bool there = column < slice.count;
+      float x[kRows][8];
 #pragma unroll
       for (int b = 0; b < kRows; ++b) {
-        if (b >= rows) break;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sums[b] = fmaf(weights[i], h(b)[column + i], sums[b]);
+        for (int i = 0; i < 8; ++i) x[b][i] = there ? h(b)[column + i] : 0.0f;
       }
-    }
+      for (int first = warp; first < steering->rank; first += kRanks * kWarps) {
+        float sums[kRanks * kRows] = {};
 #pragma unroll
-    for (int b = 0; b < kRows; ++b) {
-      if (b >= rows) break;
-      const float sum = warp_sum(sums[b]);
-      if (lane == 0) down(b)[rank] = sum;
+        for (int j = 0; j < kRanks; ++j) {
+          const int rank = first + j * kWarps;
+          float weights[8] = {};
+          if (there && rank < steering->rank) eight(rank, column, weights);
+#pragma unroll
+          for (int b = 0; b < kRows; ++b) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sums[j * kRows + b] = fmaf(weights[i], x[b][i], sums[j * kRows + b]);
+          }
+        }
+        const Share share = scatter_sums(sums, kWarp);
+        const int rank = first + share.first / kRows * kWarps;
+        if (!share.speaks || rank >= steering->rank) continue;
+        float* const to = down(share.first % kRows) + rank;
+        *to = group ? *to + sums[0] : sums[0];
+      }
     }
   }
 
-  // phi of the first product, of all rows.
+  // phi of the first product, and the gate, of all rows.
   __device__ void activate() const {
-    const int rank = steering->rank, warp = threadIdx.x / kWarp;
+    const int rank = steering->rank, numbers = rank + (steering->gate_direction ? 2 : 1);
     add_up(down(0) + rank, a.most_rank + 2, [&](int b, int d) { return h(b)[d] * h(b)[d]; });
     if (steering->gate_direction) {
       add_up(down(0) + rank + 1, a.most_rank + 2,
              [&](int b, int d) { return h(b)[d] * steering->gate_direction[slice.first + d]; });
     }
-    for (int r = warp; r < rank; r += kWarps) multiply_rank(r);
+    multiply();
     cluster_sync();
-    const int numbers = rank + (steering->gate_direction ? 2 : 1);
+#pragma unroll 1
     for (int i = threadIdx.x; i < rows * numbers; i += kThreads) {
       totals(i / numbers)[i % numbers] = gathered(down(i / numbers) + i % numbers);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < rows * rank; i += kThreads) {
-      const int b = i / rank, r = i % rank;
+    for (int i = threadIdx.x; i < kRows * rank; i += kThreads) {
+      const int r = i / kRows, b = min(i % kRows, rows - 1);
       const float inverse =
           steering->normalize_input ? 1.0f / sqrtf(totals(b)[rank] / a.hidden_size + kInputRmsEps) : 1.0f;
-      shared[at.activated + b * a.most_rank + r] =
+      shared[at.activated + i] =
           activated(steering->activation, fmaf(totals(b)[r], inverse, steering->bias ? steering->bias[r] : 0.0f));
+    }
+    if (threadIdx.x < static_cast<unsigned>(rows)) {
+      const float open =
+          steering->gate_direction ? sigmoid(totals(threadIdx.x)[rank + 1] + steering->gate_offset) : 1.0f;
+      shared[at.gates + threadIdx.x] = steering->alpha * open;
     }
     __syncthreads();
   }
 
-  // One rank's part of the push for eight columns.
-  __device__ __forceinline__ void push_rank(int rank, int column, float (&sums)[kRows][8]) const {
-    float weights[8];
-    eight(1, rank, column, weights);
+  // One rank's part of the push for one column.
+  __device__ __forceinline__ void push_rank(int rank, float weight, float (&sums)[kRows]) const {
+    const float* const numbers = shared + at.activated + rank * kRows;
 #pragma unroll
-    for (int b = 0; b < kRows; ++b) {
-      if (b >= rows) break;
-      const float number = shared[at.activated + b * a.most_rank + rank];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums[b][i] = fmaf(number, weights[i], sums[b][i]);
-    }
+    for (int b = 0; b < kRows; ++b) sums[b] = fmaf(numbers[b], weight, sums[b]);
   }
 
-  // h becomes h', but for the length.
+  // h becomes h', but for the length. A column is one thread's from here on.
   __device__ void push() const {
-    const int rank = steering->rank, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    float* const meeting = shared + at.meeting;
-    for (int group = 0; group < slice.count; group += kGroup) {
-      const int column = group + lane * 8;
-      float sums[kRows][8] = {};
-      for (int r = warp; column < slice.count && r < rank; r += kWarps) push_rank(r, column, sums);
+    const int near = kHalf ? min(steering->rank, kAhead) : 0;
+    for (int d = threadIdx.x; d < slice.count; d += kThreads) {
+      float sums[kRows] = {};
+#pragma unroll 8
+      for (int r = 0; r < near; ++r) push_rank(r, widened(*ahead(1, r, d)), sums);
+#pragma unroll 8
+      for (int r = near; r < steering->rank; ++r) push_rank(r, one(r, d), sums);
+      const float fixed = steering->static_push ? steering->static_push[slice.first + d] : 0.0f;
 #pragma unroll
       for (int b = 0; b < kRows; ++b) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) meeting[(warp * kRows + b) * kGroup + lane * 8 + i] = sums[b][i];
-      }
-      __syncthreads();
-      const int d = group + threadIdx.x;
-#pragma unroll
-      for (int b = 0; b < kRows; ++b) {
-        if (b >= rows || d >= slice.count || !(acts >> b & 1)) continue;
-        float sum = 0;
-        for (int w = 0; w < kWarps; ++w) sum += meeting[(w * kRows + b) * kGroup + threadIdx.x];
-        if (steering->static_push) sum += steering->static_push[slice.first + d];
+        const float sum = sums[b] + fixed;
         // A push of zero leaves every bit, that of -0 too.
-        if (sum != 0) h(b)[d] = fmaf(gate(b), sum, h(b)[d]);
+        if (sum != 0 && acts >> b & 1) h(b)[d] = fmaf(shared[at.gates + b], sum, h(b)[d]);
       }
-      __syncthreads();
     }
-  }
-
-  __device__ float gate(int b) const {
-    if (!steering->gate_direction) return steering->alpha;
-    return steering->alpha * sigmoid(totals(b)[steering->rank + 1] + steering->gate_offset);
   }
 
   // What rows, and their normed forms, are multiplied by. No block reads from another one behind this.
@@ -303,7 +331,7 @@ struct Tile {
       const int b = threadIdx.x;
       const float after = gathered(shared + at.norm + b);
       float factor = 1;
-      if (steering && steering->preserve_norm && (acts >> b & 1)) {
+      if (steering && steering->preserve_norm && acts >> b & 1) {
         const float before = totals(b)[steering->rank];
         // Equal sums give exactly 1, also where both underflow or overflow, so that no push is no change.
         factor = before == after ? 1.0f : sqrtf(before) / (after > 0 ? sqrtf(after) : 1.0f);
@@ -311,40 +339,42 @@ struct Tile {
       shared[at.scales + b] = factor;
       shared[at.scales + kRows + b] = 1.0f / sqrtf(after * factor * factor / a.hidden_size + a.norm.eps);
     }
+    __syncthreads();
   }
 
   template <DType kDType>
   __device__ void write_rows() const {
     auto* const normed = static_cast<typename Format<kDType>::Element*>(a.normed);
     const bool kept = steering && steering->preserve_norm;
+    for (int d = threadIdx.x; d < slice.count; d += kThreads) {
+      const float weight = a.norm.weight ? a.norm.weight[slice.first + d] : 0.0f;
 #pragma unroll
-    for (int b = 0; b < kRows; ++b) {
-      if (b >= rows) break;
-      for (int d = threadIdx.x; d < slice.count; d += kThreads) {
+      for (int b = 0; b < kRows; ++b) {
+        if (b >= rows) break;
         const float x = kept ? h(b)[d] * shared[at.scales + b] : h(b)[d];
         a.residual[row(b) + d] = x;
-        if (!a.norm.weight) continue;
-        normed[row(b) + d] = Format<kDType>::narrow(x * shared[at.scales + kRows + b] * a.norm.weight[slice.first + d]);
+        if (a.norm.weight) normed[row(b) + d] = Format<kDType>::narrow(x * shared[at.scales + kRows + b] * weight);
       }
     }
   }
 };
 
 template <DType kDType, int kRows, bool kHalf>
-__global__ void __launch_bounds__(kThreads) arrive_kernel(const Steer a, int batch) {
-  let_next_kernel_start();
+__global__ void __launch_bounds__(kThreads, kRows == 1 ? 4 : 2) arrive_kernel(const Steer a, int batch) {
   const Tile<kRows, kHalf> tile(a, batch, dynamic_shared_memory<float>());
   tile.ask_ahead();
-  wait_for_previous_kernel();
+  take_turn();
   tile.read_rows();
   if (tile.steering) {
     wait_for_copies();
+    // All threads', which is known behind the barriers of the sums that come first.
     tile.activate();
     tile.push();
   }
   if (a.norm.weight || (tile.steering && tile.steering->preserve_norm)) tile.measure();
-  cluster_sync();
+  cluster_arrive();
   tile.template write_rows<kDType>();
+  cluster_wait();
 }
 
 // Calls f with a kernel for the arguments' types.

@@ -1,9 +1,14 @@
 // Attention of one new position over the cache, of a few query heads at a time, which share the reading of their
 // key/value head.
 //
-// A block of 4 warps has one piece of a row's positions, in tiles of 64: the scores of a tile, their softmax against
-// the largest so far, and the values weighted by it. 16-byte loads: as many lanes as a head has times 8 numbers stand
-// beside each other in a row of keys, and the other lanes of the warp have further positions.
+// A row's positions are divided into pieces, by its length alone, and a piece into tiles of 64: the scores of a tile,
+// their softmax against the largest so far in the piece, and the values weighted by it. A block of 4 warps has one
+// piece, or several one after the other where there are many rows. Keys and values of earlier positions were there
+// before this step, so the first tile is on its way to shared memory while the kernel still waits for the one before
+// it. As many lanes as a head has times 8 numbers stand beside each other in a row of a tile, and the other lanes of
+// the warp have further rows.
+#include <algorithm>
+
 #include "cuda/device_math.cuh"
 #include "cuda/launch.h"
 
@@ -14,11 +19,38 @@ constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kTile = cpu::kCacheBlock;
 static_assert(kTile == 2 * kWarp, "a warp's lanes have two scores each");
 constexpr int kMostHeads = 8;  // query heads of a block: 64 sums per lane
+static_assert(kMostPieces == kWarp && kMostPieces <= kTile, "a warp's lanes have a piece each of a head");
 
-// Floats of a block's shared memory.
-__host__ __device__ constexpr int shared_floats(int heads, int head_size) {
-  return heads * head_size + 2 * head_size + heads * kTile + 3 * heads + kWarps * heads * head_size + 1;
-}
+// Where a block's shared memory has what, in bytes.
+template <DType kCache, int kHeads>
+struct Layout {
+  static constexpr int kElement = sizeof(typename Format<kCache>::Element);
+  // Keys and values in float32 take turns, or large heads would not fit.
+  static constexpr bool kApart = kElement == 2;
+  int keys, values, meeting, q, fresh_key, fresh_value, scratch, scores, largest, total, factor, word, size;
+
+  __host__ __device__ explicit Layout(int E) {
+    int next = 0;
+    const auto take = [&](int bytes) {
+      const int at = next;
+      next += (bytes + 15) / 16 * 16;
+      return at;
+    };
+    keys = take(kTile * E * kElement);  // [kTile][E]
+    values = kApart ? take(kTile * E * kElement) : keys;
+    meeting = take(4 * kWarps * kHeads * E);  // [kWarps][kHeads][E] floats
+    q = take(4 * kHeads * E);                 // [kHeads][E]
+    fresh_key = take(kElement * E);           // the new position's
+    fresh_value = take(kElement * E);
+    scratch = take(4 * E);              // its key before it is rounded
+    scores = take(4 * kHeads * kTile);  // [kHeads][kTile]; of pieces, their weights
+    largest = take(4 * kHeads);
+    total = take(4 * kHeads);
+    factor = take(4 * kHeads);
+    word = take(4);
+    size = next;
+  }
+};
 
 // The positions of a row that are attended to, and their division.
 struct Span {
@@ -46,6 +78,7 @@ __device__ __forceinline__ void prepare_head(const float* x, const NormWeight& n
   }
   const auto at = [&](int e) { return norm.weight ? x[e] * inverse * norm.weight[e] : x[e]; };
   const int half = size / 2;
+#pragma unroll 2
   for (int e = lane; e < half; e += kWarp) {
     const float low = at(e), high = at(e + half);
     out[e] = (low * cosine[e] - high * sine[e]) * scale;
@@ -55,75 +88,131 @@ __device__ __forceinline__ void prepare_head(const float* x, const NormWeight& n
 
 template <DType kCache, int kHeads>
 struct Block {
+  using Element = typename Format<kCache>::Element;
+  using Places = Layout<kCache, kHeads>;
+
   const Attention& a;
   const Span span;
-  float *q, *new_key, *new_value, *scores, *largest, *total, *factor, *meeting;
+  std::byte* const* const table;
+  const int kv_head, E;
+  Element *keys, *values, *fresh_key, *fresh_value;
+  float *q, *scratch, *scores, *largest, *total, *factor, *meeting;
   unsigned* word;
-  int lanes, slots;  // lanes of a row of keys, rows of a warp
+  int lanes, shift, slots;  // lanes of a row of keys, 2^shift of them; rows of a warp
 
-  __device__ Block(const Attention& arguments, const Row& row, float* shared)
-      : a(arguments), span(row, arguments.window) {
-    const int E = a.head_size;
-    q = shared;
-    new_key = q + kHeads * E;
-    new_value = new_key + E;
-    scores = new_value + E;
-    largest = scores + kHeads * kTile;
-    total = largest + kHeads;
-    factor = total + kHeads;
-    meeting = factor + kHeads;
-    word = reinterpret_cast<unsigned*>(meeting + kWarps * kHeads * E);
-    lanes = 1;
-    while (8 * lanes < E) lanes *= 2;
+  __device__ Block(const Attention& arguments, int b, int head, std::byte* shared)
+      : a(arguments), span(arguments.rows[b], arguments.window), table(arguments.tables[b]), kv_head(head),
+        E(arguments.head_size) {
+    const Places at(E);
+    const auto floats = [&](int place) { return reinterpret_cast<float*>(shared + place); };
+    const auto elements = [&](int place) { return reinterpret_cast<Element*>(shared + place); };
+    keys = elements(at.keys);
+    values = elements(at.values);
+    fresh_key = elements(at.fresh_key);
+    fresh_value = elements(at.fresh_value);
+    q = floats(at.q);
+    scratch = floats(at.scratch);
+    scores = floats(at.scores);
+    largest = floats(at.largest);
+    total = floats(at.total);
+    factor = floats(at.factor);
+    meeting = floats(at.meeting);
+    word = reinterpret_cast<unsigned*>(shared + at.word);
+    shift = 0;
+    while ((8 << shift) < E) ++shift;
+    lanes = 1 << shift;
     slots = kWarp / lanes;
   }
 
-  // Eight numbers of a cached row, or of the new one, which no block need have written yet.
-  __device__ void load_row(std::byte* const* table, std::int64_t offset, const float* fresh, int kv_head, int position,
-                           int e, float (&out)[8]) const {
-    if (position == span.length - 1) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) out[i] = fresh[e + i];
-      return;
+  // Calls f(row of the tile, column, address) for every eight numbers of the cached rows [begin, end) that are this
+  // thread's. The new position's is not among them: no block need have written it yet.
+  template <class F>
+  __device__ __forceinline__ void each_eight(std::int64_t offset, int begin, int end, F f) const {
+    const int e = (static_cast<int>(threadIdx.x) & (lanes - 1)) * 8, count = min(end, span.length - 1) - begin;
+    if (count <= 0 || e >= E) return;
+    // A tile lies in one block of the cache, or in two.
+    const std::byte* const low = table[begin / kTile] + offset;
+    const std::byte* const high = table[(begin + count - 1) / kTile] + offset;
+    for (int row = threadIdx.x >> shift; row < count; row += kThreads >> shift) {
+      const int position = begin + row;
+      const auto* const rows = reinterpret_cast<const Element*>(position / kTile == begin / kTile ? low : high) +
+                               (static_cast<std::int64_t>(kv_head) * kTile + position % kTile) * E;
+      f(row, e, rows + e);
     }
-    using Element = typename Format<kCache>::Element;
-    const Element* const rows = reinterpret_cast<const Element*>(table[position / kTile] + offset);
-    load_eight<kCache>(rows + (static_cast<std::int64_t>(kv_head) * kTile + position % kTile) * a.head_size + e, out);
   }
 
-  __device__ void score(std::byte* const* table, int kv_head, int begin, int end) const {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, e = lane % lanes * 8, E = a.head_size;
+  // Asks for a tile's keys or values; they are in shared memory behind wait_for_copies() and a barrier.
+  __device__ void ask(std::int64_t offset, int begin, int end, Element* tile) const {
+    each_eight(offset, begin, end, [&](int row, int e, const Element* from) {
+      copy_ahead(tile + row * E + e, from);
+      if constexpr (Places::kElement == 4) copy_ahead(tile + row * E + e + 4, from + 4);
+    });
+  }
+
+  // The new position's row, where the tile has it.
+  __device__ void put_fresh(const Element* fresh, int begin, int end, Element* tile) const {
+    if (end != span.length) return;
+    for (int e = threadIdx.x; e < E; e += kThreads) tile[(end - 1 - begin) * E + e] = fresh[e];
+  }
+
+  static __device__ __forceinline__ void load_eight_shared(const Element* p, float (&out)[8]) {
+    std::uint32_t words[2 * Places::kElement];
+#pragma unroll
+    for (int i = 0; i < Places::kElement / 2; ++i) {
+      const uint4 packed = reinterpret_cast<const uint4*>(p)[i];
+      words[4 * i] = packed.x;
+      words[4 * i + 1] = packed.y;
+      words[4 * i + 2] = packed.z;
+      words[4 * i + 3] = packed.w;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (Places::kElement == 4) {
+        out[i] = __uint_as_float(words[i]);
+      } else {
+        out[i] = Format<kCache>::widen(static_cast<std::uint16_t>(words[i / 2] >> (16 * (i % 2))));
+      }
+    }
+  }
+
+  __device__ void score(int count) const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, e = (lane & (lanes - 1)) * 8;
+#pragma unroll 2
     for (int base = warp * slots; base < kTile; base += kWarps * slots) {
-      const int s = base + lane / lanes;
+      const int s = base + (lane >> shift);
       float dots[kHeads] = {};
-      if (e < E && s < kTile && begin + s < end) {
+      if (e < E && s < min(count, kTile)) {
         float key[8];
-        load_row(table, a.keys, new_key, kv_head, begin + s, e, key);
+        load_eight_shared(keys + s * E + e, key);
 #pragma unroll
         for (int h = 0; h < kHeads; ++h) {
+          const float4 low = *reinterpret_cast<const float4*>(q + h * E + e);
+          const float4 high = *reinterpret_cast<const float4*>(q + h * E + e + 4);
+          const float query[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-          for (int i = 0; i < 8; ++i) dots[h] += q[h * E + e + i] * key[i];
+          for (int i = 0; i < 8; ++i) dots[h] += query[i] * key[i];
         }
       }
+      const Share share = scatter_sums(dots, lanes);
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        for (int step = lanes / 2; step; step /= 2) dots[h] += __shfl_xor_sync(kAllLanes, dots[h], step);
-        if (lane % lanes != 0 || s >= kTile) continue;
-        const float capped = a.softcap > 0 ? a.softcap * tanhf(dots[h] / a.softcap) : dots[h];
-        scores[h * kTile + s] = begin + s < end ? capped : -INFINITY;
+      for (int i = 0; i < kHeads; ++i) {
+        if (i >= share.count || !share.speaks || s >= kTile) continue;
+        const float capped = a.softcap > 0 ? a.softcap * tanhf(dots[i] / a.softcap) : dots[i];
+        scores[(share.first + i) * kTile + s] = s < count ? capped : -INFINITY;
       }
     }
   }
 
-  // Scores become exp(score - the largest so far); `factor` is what earlier sums are to be multiplied by.
-  __device__ void soften() const {
+  // Scores become exp(score - the largest so far), in the piece's first tile of these alone; `factor` is what earlier
+  // sums are to be multiplied by.
+  __device__ void soften(bool first) const {
     const int lane = threadIdx.x % kWarp;
     for (int h = threadIdx.x / kWarp; h < kHeads; h += kWarps) {
       float* const own = scores + h * kTile;
       float most = fmaxf(own[lane], own[lane + kWarp]);
 #pragma unroll
       for (int step = kWarp / 2; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, step));
-      const float before = largest[h];
+      const float before = first ? -INFINITY : largest[h];
       most = fmaxf(most, before);
       const float low = expf(own[lane] - most), high = expf(own[lane + kWarp] - most);
       const float sum = warp_sum(low + high);
@@ -131,23 +220,24 @@ struct Block {
       own[lane + kWarp] = high;
       if (lane == 0) {
         factor[h] = expf(before - most);
-        total[h] = total[h] * factor[h] + sum;
+        total[h] = first ? sum : total[h] * factor[h] + sum;
         largest[h] = most;
       }
     }
   }
 
-  __device__ void add_values(std::byte* const* table, int kv_head, int begin, int end, float (&sums)[kHeads][8]) const {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, e = lane % lanes * 8;
+  __device__ void add_values(int count, float (&sums)[kHeads][8]) const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, e = (lane & (lanes - 1)) * 8;
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) sums[h][i] *= factor[h];
     }
-    if (e >= a.head_size) return;
-    for (int s = warp * slots + lane / lanes; s < kTile && begin + s < end; s += kWarps * slots) {
+    if (e >= E) return;
+#pragma unroll 2
+    for (int s = warp * slots + (lane >> shift); s < min(count, kTile); s += kWarps * slots) {
       float value[8];
-      load_row(table, a.values, new_value, kv_head, begin + s, e, value);
+      load_eight_shared(values + s * E + e, value);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         const float weight = scores[h * kTile + s];
@@ -157,106 +247,189 @@ struct Block {
     }
   }
 
-  // Sums over the rows of every warp, then over the warps, to [heads][E + 2] with the largest score and the total.
+  // Sums over the rows of every warp, then over the warps, to [heads][E + 4] with the largest score and the total.
   __device__ void store(float (&sums)[kHeads][8], int heads, float* to, std::int64_t head_stride) const {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, e = lane * 8, E = a.head_size;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, e = lane * 8;
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         for (int step = lanes; step < kWarp; step *= 2) sums[h][i] += __shfl_xor_sync(kAllLanes, sums[h][i], step);
-        if (lane < lanes && e < E) meeting[(warp * kHeads + h) * E + e + i] = sums[h][i];
       }
+      if (lane >= lanes || e >= E) continue;
+      auto* const own = reinterpret_cast<float4*>(meeting + (warp * kHeads + h) * E + e);
+      own[0] = {sums[h][0], sums[h][1], sums[h][2], sums[h][3]};
+      own[1] = {sums[h][4], sums[h][5], sums[h][6], sums[h][7]};
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < heads * E; i += kThreads) {
-      float sum = 0;
-      for (int w = 0; w < kWarps; ++w) sum += meeting[w * kHeads * E + i];
-      to[i / E * head_stride + i % E] = sum;
+    for (int i = threadIdx.x; i < heads * E / 4; i += kThreads) {
+      const int h = 4 * i / E, column = 4 * i % E;
+      float4 sum{};
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float4 part = *reinterpret_cast<const float4*>(meeting + (w * kHeads + h) * E + column);
+        sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+      }
+      *reinterpret_cast<float4*>(to + h * head_stride + column) = sum;
     }
     for (int h = threadIdx.x; h < heads; h += kThreads) {
       to[h * head_stride + E] = largest[h];
       to[h * head_stride + E + 1] = total[h];
     }
   }
+
+  // What each of a head's pieces [heads][pieces][E + 4] counts for in the whole, into `scores` [kHeads][kMostPieces].
+  __device__ void weigh_pieces(const float* all, std::int64_t head_stride, int heads, int pieces) const {
+    const int p = threadIdx.x % kWarp;
+    for (int h = threadIdx.x / kWarp; h < heads; h += kWarps) {
+      const bool there = p < pieces;
+      const float* const own = all + h * head_stride + p * (E + 4) + E;
+      const float most = there ? own[0] : -INFINITY, sum = there ? own[1] : 0;
+      float top = most;
+#pragma unroll
+      for (int step = kWarp / 2; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
+      const float weight = there ? expf(most - top) : 0, whole = warp_sum(weight * sum);
+      scores[h * kMostPieces + p] = there ? weight / whole : 0;
+    }
+  }
 };
 
 template <DType kDType, DType kCache, int kHeads>
-__global__ void __launch_bounds__(kThreads) attention_kernel(const Attention a) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
+__global__ void __launch_bounds__(kThreads, kHeads > 4 || kCache == DType::kFloat32 ? 3 : 4)
+    attention_kernel(const Attention a) {
   const int E = a.head_size, group = a.heads / a.kv_heads, parts = (group + kHeads - 1) / kHeads;
-  const int piece = blockIdx.x, kv_head = blockIdx.y / parts, part = blockIdx.y % parts, b = blockIdx.z;
+  const int kv_head = blockIdx.y / parts, part = blockIdx.y % parts, b = blockIdx.z;
   const int first_head = kv_head * group + part * kHeads, heads = min(kHeads, group - part * kHeads);
-  const Block<kCache, kHeads> block(a, a.rows[b], dynamic_shared_memory<float>());
-  const int pieces = block.span.pieces();
-  if (piece >= pieces) return;
-  const int begin = block.span.first + piece * block.span.piece, end = min(begin + block.span.piece, block.span.length);
-  std::byte* const* const table = a.tables[b];
+  using Own = Block<kCache, kHeads>;
+  constexpr bool kApart = Own::Places::kApart;
+  const Own block(a, b, kv_head, dynamic_shared_memory<std::byte>());
+  const int pieces = block.span.pieces(), each = (pieces + gridDim.x - 1) / gridDim.x;
+  const int blocks = (pieces + each - 1) / each;
+  if (static_cast<int>(blockIdx.x) >= blocks) {
+    // Every block waits, that those behind this kernel need not know what stood before it.
+    take_turn();
+    return;
+  }
+  const auto begin_of = [&](int piece) { return block.span.first + piece * block.span.piece; };
+  const auto end_of = [&](int piece) { return min(begin_of(piece + 1), block.span.length); };
+  const auto ask = [&](int s, int end) {
+    block.ask(a.keys, s, min(s + kTile, end), block.keys);
+    if (kApart) block.ask(a.values, s, min(s + kTile, end), block.values);
+  };
+  int piece = blockIdx.x, s = begin_of(piece);
+  ask(s, end_of(piece));
+  take_turn();
+
   const float* const cosine = a.cosine + b * static_cast<std::int64_t>(E / 2);
   const float* const sine = a.sine + b * static_cast<std::int64_t>(E / 2);
-
-  for (int h = threadIdx.x / kWarp; h < kHeads; h += kWarps) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  for (int h = warp; h < kHeads; h += kWarps) {
     // Heads beyond the last stand for nothing; they are copies, so that nothing is read that is not there.
     const std::int64_t head = static_cast<std::int64_t>(b) * a.heads + first_head + min(h, heads - 1);
     prepare_head(a.q + head * E, a.q_norm, cosine, sine, E, a.scale, block.q + h * E);
   }
-  if (threadIdx.x < kHeads) {
-    block.largest[threadIdx.x] = -INFINITY;
-    block.total[threadIdx.x] = 0;
-  }
-  if (end == block.span.length) {
+  if ((pieces - 1) % blocks == static_cast<int>(blockIdx.x) && warp >= kWarps - 2) {
+    // The last piece, which has the new position, is this block's.
+    const bool is_key = warp == kWarps - 1;
+    const int position = block.span.length - 1;
     const std::int64_t row = static_cast<std::int64_t>(b) * a.kv_heads + kv_head;
-    if (threadIdx.x / kWarp == 0) prepare_head(a.k + row * E, a.k_norm, cosine, sine, E, 1, block.new_key);
-    __syncthreads();
-    using Element = typename Format<kCache>::Element;
-    std::byte* const to = table[(end - 1) / kTile];
-    const std::int64_t place = (static_cast<std::int64_t>(kv_head) * kTile + (end - 1) % kTile) * E;
-    for (int e = threadIdx.x; e < E; e += kThreads) {
-      const Element key = Format<kCache>::narrow(block.new_key[e]), value = Format<kCache>::narrow(a.v[row * E + e]);
-      block.new_key[e] = Format<kCache>::widen(key);
-      block.new_value[e] = Format<kCache>::widen(value);
-      if (part != 0) continue;
-      reinterpret_cast<Element*>(to + a.keys)[place + e] = key;
-      reinterpret_cast<Element*>(to + a.values)[place + e] = value;
+    if (is_key) prepare_head(a.k + row * E, a.k_norm, cosine, sine, E, 1, block.scratch);
+    __syncwarp();
+    using Element = typename Own::Element;
+    auto* const to = reinterpret_cast<Element*>(block.table[position / kTile] + (is_key ? a.keys : a.values)) +
+                     (static_cast<std::int64_t>(kv_head) * kTile + position % kTile) * E;
+    for (int e = lane; e < E; e += kWarp) {
+      const Element x = Format<kCache>::narrow(is_key ? block.scratch[e] : a.v[row * E + e]);
+      (is_key ? block.fresh_key : block.fresh_value)[e] = x;
+      if (part == 0) to[e] = x;
     }
   }
   __syncthreads();
 
-  float sums[kHeads][8] = {};
-  for (int s = begin; s < end; s += kTile) {
-    block.score(table, kv_head, s, end);
-    __syncthreads();
-    block.soften();
-    __syncthreads();
-    block.add_values(table, kv_head, s, end, sums);
-    __syncthreads();
-  }
-  const std::int64_t stride = static_cast<std::int64_t>(kMostPieces) * (E + 2);
+  const std::int64_t stride = static_cast<std::int64_t>(kMostPieces) * (E + 4);
   float* const all = a.pieces + (static_cast<std::int64_t>(b) * a.heads + first_head) * stride;
-  block.store(sums, heads, all + piece * (E + 2), stride);
-  if (!comes_last(a.tickets + b * gridDim.y + blockIdx.y, pieces, block.word)) return;
-
-  for (int i = threadIdx.x; i < heads * E; i += kThreads) {
-    const float* const own = all + i / E * stride;
-    float most = -INFINITY, sum = 0, total = 0;
-    for (int p = 0; p < pieces; ++p) most = fmaxf(most, own[p * (E + 2) + E]);
-    for (int p = 0; p < pieces; ++p) {
-      const float weight = expf(own[p * (E + 2) + E] - most);
-      sum += weight * own[p * (E + 2) + i % E];
-      total += weight * own[p * (E + 2) + E + 1];
+  float sums[kHeads][8] = {};
+  while (piece < pieces) {
+    const int own = piece, begin = s, end = end_of(piece), last = min(begin + kTile, end);
+    block.put_fresh(block.fresh_key, begin, last, block.keys);
+    if (kApart) block.put_fresh(block.fresh_value, begin, last, block.values);
+    wait_for_copies();
+    __syncthreads();
+    block.score(last - begin);
+    __syncthreads();
+    if (!kApart) {
+      block.ask(a.values, begin, last, block.values);
+      block.put_fresh(block.fresh_value, begin, last, block.values);
+      wait_for_copies();
     }
-    const std::int64_t head = static_cast<std::int64_t>(b) * a.heads + first_head;
-    static_cast<typename Format<kDType>::Element*>(a.out)[head * E + i] = Format<kDType>::narrow(sum / total);
+    block.soften(begin == begin_of(own));
+    __syncthreads();
+    block.add_values(last - begin, sums);
+    __syncthreads();
+    // Tiles come while the piece is put away.
+    s = last;
+    if (last == end) {
+      piece += blocks;
+      s = begin_of(piece);
+    }
+    if (piece < pieces) ask(s, end_of(piece));
+    if (last < end) continue;
+    block.store(sums, heads, all + own * (E + 4), stride);
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[h][i] = 0;
+    }
+  }
+  if (!comes_last(a.tickets + b * gridDim.y + blockIdx.y, blocks, block.word)) return;
+
+  block.weigh_pieces(all, stride, heads, pieces);
+  __syncthreads();
+  using Out = typename Format<kDType>::Element;
+  Out* const out = static_cast<Out*>(a.out) + (static_cast<std::int64_t>(b) * a.heads + first_head) * E;
+  for (int i = threadIdx.x; i < heads * E / 4; i += kThreads) {
+    const int h = 4 * i / E, column = 4 * i % E;
+    const float* const numbers = all + h * stride + column;
+    float4 sum{};
+    constexpr int kAtOnce = 16;
+    static_assert(kMostPieces % kAtOnce == 0);
+    for (int first = 0; first < pieces; first += kAtOnce) {
+      float4 parts[kAtOnce];
+      // All of them are on their way before the first is needed.
+#pragma unroll
+      for (int p = 0; p < kAtOnce; ++p) {
+        const float* const at = numbers + (first + p) * (E + 4);
+        parts[p] = first + p < pieces ? *reinterpret_cast<const float4*>(at) : float4{};
+      }
+#pragma unroll
+      for (int p = 0; p < kAtOnce; ++p) {
+        const float weight = block.scores[h * kMostPieces + first + p];
+        sum.x = fmaf(weight, parts[p].x, sum.x);
+        sum.y = fmaf(weight, parts[p].y, sum.y);
+        sum.z = fmaf(weight, parts[p].z, sum.z);
+        sum.w = fmaf(weight, parts[p].w, sum.w);
+      }
+    }
+    const float four[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) out[h * E + column + j] = Format<kDType>::narrow(four[j]);
   }
 }
 
 template <DType kDType, DType kCache, int kHeads>
 cudaError_t attend(cudaStream_t stream, const Attention& a, int batch) {
   const int group = a.heads / a.kv_heads, parts = (group + kHeads - 1) / kHeads;
-  const std::size_t bytes = shared_floats(kHeads, a.head_size) * sizeof(float);
-  const dim3 grid(kMostPieces, static_cast<unsigned>(a.kv_heads * parts), static_cast<unsigned>(batch));
-  return launch(stream, grid, kThreads, bytes, attention_kernel<kDType, kCache, kHeads>, a);
+  const int bytes = Layout<kCache, kHeads>(a.head_size).size;
+  const auto kernel = attention_kernel<kDType, kCache, kHeads>;
+  if (const cudaError_t error = allow_shared(kernel, bytes); error != cudaSuccess) return error;
+  // Enough blocks for every multiprocessor to have some, and few beyond that: putting a block's pieces away and
+  // together costs as much as attending to one.
+  constexpr int kWantedBlocks = 800;
+  const int others = a.kv_heads * parts * batch;
+  const int blocks = std::clamp((kWantedBlocks + others - 1) / others, 1, kMostPieces);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(a.kv_heads * parts),
+                  static_cast<unsigned>(batch));
+  return launch(stream, grid, kThreads, bytes, kernel, a);
 }
 
 template <DType kDType, DType kCache>
@@ -264,8 +437,13 @@ cudaError_t attend(cudaStream_t stream, const Attention& a, int batch) {
   const int group = a.heads / a.kv_heads;
   if (group == 1) return attend<kDType, kCache, 1>(stream, a, batch);
   if (group == 2) return attend<kDType, kCache, 2>(stream, a, batch);
-  if (group <= 4) return attend<kDType, kCache, 4>(stream, a, batch);
-  return attend<kDType, kCache, kMostHeads>(stream, a, batch);
+  if constexpr (kCache == DType::kFloat32) {
+    // Wanted for precision and not for speed, it does without the form that takes most registers.
+    return attend<kDType, kCache, 4>(stream, a, batch);
+  } else {
+    if (group <= 4) return attend<kDType, kCache, 4>(stream, a, batch);
+    return attend<kDType, kCache, kMostHeads>(stream, a, batch);
+  }
 }
 
 }  // namespace

@@ -9,6 +9,14 @@
 
 namespace dive::cuda {
 
+// Every thread of every kernel calls this once, behind what it can do before it needs anything of the kernel before it.
+// Behind it that kernel has ended, and so have all before that one. Only then may the next kernel begin: with more than
+// one ahead, blocks that wait would take the place of blocks that work.
+__device__ __forceinline__ void take_turn() {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+}
+
 inline constexpr unsigned kAllLanes = 0xffffffff;
 inline constexpr int kWarp = 32;
 
@@ -60,6 +68,38 @@ __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int step = kWarp / 2; step; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
   return x;
+}
+
+// Which of a lane's numbers are sums behind scatter_sums(): x[0 ... count - 1], of the numbers first, first + 1, ...;
+// lanes that have the same ones have one among them that speaks.
+struct Share {
+  int first, count;
+  bool speaks;
+};
+
+// Sums of every x[i] over groups of `width` lanes, a power of two. At each step a lane hands half of its numbers over,
+// for kCount + log2(width / kCount) - 1 shuffles in place of kCount * log2(width).
+template <int kCount>
+__device__ __forceinline__ Share scatter_sums(float (&x)[kCount], int width) {
+  const int lane = threadIdx.x % kWarp;
+  Share share{0, kCount, true};
+  int step = width / 2;
+#pragma unroll
+  for (int half = kCount / 2; half; half /= 2) {
+    if (step == 0) break;
+    const bool upper = lane & step;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float kept = upper ? x[i + half] : x[i], given = upper ? x[i] : x[i + half];
+      x[i] = kept + __shfl_xor_sync(kAllLanes, given, step);
+    }
+    share.first += upper ? half : 0;
+    share.count = half;
+    step /= 2;
+  }
+  share.speaks = step == 0 || lane % (2 * step) == 0;
+  for (; step; step /= 2) x[0] += __shfl_xor_sync(kAllLanes, x[0], step);
+  return share;
 }
 
 // The sum over all threads, in all of them; `partials` has room for one float per warp and may be used again at once.

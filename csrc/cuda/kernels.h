@@ -30,7 +30,7 @@ inline constexpr int kRowTile = 8;
 inline constexpr int kMostRows = 64;
 
 // Positions of a row are attended to in pieces of whole cache blocks, at most this many, by a block of threads each.
-inline constexpr int kMostPieces = 16;
+inline constexpr int kMostPieces = 32;
 
 // What a step runs, one per row, written by the host.
 struct Row {
@@ -99,7 +99,7 @@ struct Attention {
   std::int64_t keys, values;        // bytes from a block's start, see cpu::CacheRow
   int heads, kv_heads, head_size, window;
   float scale, softcap;
-  float* pieces;      // [B][H][kMostPieces][E + 2]
+  float* pieces;      // [B][H][kMostPieces][E + 4]
   unsigned* tickets;  // [B][H], 0 before and after
   void* out;          // [B][H][E] in the dtype, which is the cache's too
 };

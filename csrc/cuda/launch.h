@@ -1,4 +1,4 @@
-// Starting a kernel so that it may begin while the one before it still ends (ptx.h, wait_for_previous_kernel).
+// Starting a kernel so that it may begin while the one before it still ends (device_math.cuh, take_turn).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,6 +27,13 @@ struct ClusterLaunch {
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
 };
+
+// Raises a kernel's limit on shared memory, which is 48 KiB, where it wants more.
+template <class Kernel>
+cudaError_t allow_shared(Kernel kernel, std::size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const ClusterLaunch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {

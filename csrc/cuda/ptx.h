@@ -99,11 +99,6 @@ __device__ __forceinline__ void copy_ahead(void* shared, const void* p) {
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Starts fetching the cache line of p into L2; p is any address of global memory and is not dereferenced.
-__device__ __forceinline__ void prefetch_l2(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
-}
-
 // Programmatic dependent launch (cudaLaunchAttributeProgrammaticStreamSerialization): a kernel begins while the one
 // before it still runs, once every block of that one has called let_next_kernel_start() or ended, and sees its writes
 // after wait_for_previous_kernel(). Architectures before 9.0 run kernels one after the other, where neither is needed.
@@ -146,6 +141,23 @@ __device__ __forceinline__ unsigned cluster_size() {
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+// cluster_sync() in two parts, for what may be done before the peers are there.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __trap();
 #endif

@@ -13,8 +13,7 @@ constexpr int kThreads = 256;
 
 template <DType kDType>
 __global__ void __launch_bounds__(kThreads) begin_kernel(const Begin a) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
+  take_turn();
   using F = Format<kDType>;
   const std::int64_t b = blockIdx.x;
   const Row row = a.rows[b];
@@ -34,8 +33,7 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(const Begin a) {
 
 template <DType kDType>
 __global__ void __launch_bounds__(kThreads) add_norm_kernel(const AddNorm a) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
+  take_turn();
   using F = Format<kDType>;
   float* const partials = dynamic_shared_memory<float>();
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * a.hidden_size;
@@ -61,8 +59,7 @@ __global__ void __launch_bounds__(kThreads) add_norm_kernel(const AddNorm a) {
 }
 
 __global__ void __launch_bounds__(kThreads) finish_kernel(const Finish a) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
+  take_turn();
   Best* const bests = dynamic_shared_memory<Best>();
   unsigned* const word = reinterpret_cast<unsigned*>(bests + kThreads / kWarp);
   const int pieces = gridDim.x, b = blockIdx.y, V = static_cast<int>(a.vocabulary);
@@ -86,8 +83,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const Finish a) {
 }
 
 __global__ void __launch_bounds__(kThreads) copy_heads_kernel(const engine::HeadsCopy* copies, std::int64_t row_bytes) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
+  take_turn();
   const engine::HeadsCopy copy = copies[blockIdx.x];
   const std::byte* const from = copy.from + blockIdx.y * copy.from_head;
   std::byte* const to = copy.to + blockIdx.y * copy.to_head;

@@ -310,8 +310,7 @@ __device__ Told choose(Shared& shared, const Advance& a, int b) {
 }
 
 __global__ void __launch_bounds__(kThreads) advance_kernel(const Advance a) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
+  take_turn();
   Shared& shared = *dynamic_shared_memory<Shared>();
   const int b = blockIdx.x;
   Chooser& chooser = a.choosers[b];

@@ -61,8 +61,7 @@ __device__ __forceinline__ void read_row(const Steer& a, std::int64_t row, float
 
 // Eight ranks of one row to a block; the first block also keeps h and the gate.
 __global__ void __launch_bounds__(kThreads) steer_down_kernel(const Steer a) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
+  take_turn();
   float* const partials = dynamic_shared_memory<float>();
   float* const h = partials + kWarps;
   const int b = blockIdx.y, D = a.hidden_size, lane = threadIdx.x % kWarp;
@@ -140,8 +139,7 @@ __device__ __forceinline__ void push_columns(const Steer& a, const Steering* s, 
 
 template <DType kDType>
 __global__ void __launch_bounds__(kThreads) steer_up_kernel(const Steer a) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
+  take_turn();
   float* const partials = dynamic_shared_memory<float>();
   float* const meeting = partials + kWarps;
   unsigned* const word = reinterpret_cast<unsigned*>(meeting + kSlices * kColumns);
@@ -175,11 +173,7 @@ __global__ void __launch_bounds__(kThreads) steer_up_kernel(const Steer a) {
 
 cudaError_t steer(cudaStream_t stream, DType dtype, const Steer& a, int batch) {
   const std::size_t row_bytes = (kWarps + a.hidden_size) * sizeof(float);
-  if (row_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(steer_down_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(row_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  if (const cudaError_t error = allow_shared(steer_down_kernel, row_bytes); error != cudaSuccess) return error;
   const unsigned blocks = static_cast<unsigned>((a.most_rank + kWarps - 1) / kWarps);
   const dim3 down(blocks ? blocks : 1, static_cast<unsigned>(batch));
   if (const cudaError_t error = launch(stream, down, kThreads, row_bytes, steer_down_kernel, a); error != cudaSuccess) {

@@ -77,7 +77,7 @@ class CudaStepper final : public engine::Stepper {
     normed_ = activations(D);
     attended_ = activations(queries);
     inner_ = activations(plan.intermediate_size);
-    pieces_ = floats(max_rows_ * plan.heads * std::size_t(kMostPieces) * (plan.head_size + 2));
+    pieces_ = floats(max_rows_ * plan.heads * std::size_t(kMostPieces) * (plan.head_size + 4));
     tickets_ = zeroed_tickets(std::size_t(max_rows_) * (plan.heads + 2) + 1);
     logits_ = DeviceArray<float>(max_rows_ * std::size_t(plan.vocabulary), "logits");
     bests_ = DeviceArray<Best>(max_rows_ * std::size_t{kMostVocabularyPieces}, "logits");
@@ -403,7 +403,9 @@ class CudaStepper final : public engine::Stepper {
 
   void add(const Steer& a, const Form& form) {
     if (cluster_) {
-      check(cuda::arrive(stream_, dtype_, a, form.batch, cluster_, form.tile), "the residual stream");
+      // Rows that nothing steers have nothing to share, and more of them run side by side.
+      const int tile = a.steerings ? form.tile : 1;
+      check(cuda::arrive(stream_, dtype_, a, form.batch, cluster_, tile), "the residual stream");
     } else {
       check(add_norm(stream_, dtype_, {a.residual, a.update, a.post, a.norm, a.normed, a.hidden_size}, form.batch),
             "a norm");

@@ -41,6 +41,8 @@ struct Prompts {
       Request request;
       request.prompt = {random.below(plan.vocabulary)};
       request.prefilled = i % 4 == 0 ? 0 : random.below(i % 4 == 1 ? 300 : 70);
+      // More than as many pieces as there can be, of one tile each.
+      if (i % 4 == 3 && seed % 4 == 3) request.prefilled = 2048 + random.below(200);
       request.rope_offset = random.below(20) - 10;
       for (std::size_t a = 0; a < plan.adapters.size(); ++a) {
         if (random.coin()) request.adapters.push_back(static_cast<int>(a));

@@ -6,7 +6,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cstdint>
+#include <map>
+#include <utility>
+#include <vector>
 
 namespace dive::cuda {
 
@@ -59,15 +63,37 @@ inline void mma_f16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint3
 
 inline uint4 load_streaming(const void* p) { return *static_cast<const uint4*>(p); }
 inline uint4 load_cached(const void* p) { return *static_cast<const uint4*>(p); }
-inline void copy_ahead(void* shared, const void* p) { *static_cast<uint4*>(shared) = *static_cast<const uint4*>(p); }
-inline void wait_for_copies() {}
-inline void prefetch_l2(const void*) {}
+
+// Some copies are there at once and the others when they are waited for, so that it shows if something is read before,
+// and if something still needed is copied over.
+using Copies = std::vector<std::pair<uint4*, const uint4*>>;
+inline Copies& own_copies() {
+  static std::map<std::array<unsigned, 4>, Copies> of_threads;
+  return of_threads[{blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x}];
+}
+inline void copy_ahead(void* shared, const void* p) {
+  auto* const to = static_cast<uint4*>(shared);
+  const auto* const from = static_cast<const uint4*>(p);
+  if (dive_host_cuda::random_below(2)) {
+    *to = *from;
+  } else {
+    own_copies().emplace_back(to, from);
+  }
+}
+inline void wait_for_copies() {
+  for (const auto& [to, from] : own_copies()) *to = *from;
+  own_copies().clear();
+}
+
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
 inline unsigned cluster_rank() { return dive_host_cuda::cluster_rank(); }
 inline unsigned cluster_size() { return dive_host_cuda::cluster_size(); }
 inline void cluster_sync(DIVE_HOST_CUDA_HERE) { dive_host_cuda::cluster_barrier({"cluster_sync", where}); }
+// Nobody goes on before all have come, and nobody has come before wait.
+inline void cluster_arrive() {}
+inline void cluster_wait(DIVE_HOST_CUDA_HERE) { dive_host_cuda::cluster_barrier({"cluster_wait", where}); }
 inline float load_of_block(const float* own, unsigned rank, DIVE_HOST_CUDA_HERE) {
   return *static_cast<const float*>(dive_host_cuda::of_block({"load_of_block", where}, own, rank));
 }
