@@ -219,8 +219,9 @@ class Check:
         print(f"gpu-check: {part.name}: {found['status']} {found.get('why', '')}".rstrip(), flush=True)
         self.results["records"] += found.pop("records", [])
         self.results["machine"] = found.pop("machine", self.results["machine"])
-        if "floors" in found:
-            self.check["floors"] = found.pop("floors")
+        for name in ("floors", "kernels"):
+            if name in found:
+                self.check[name] = found.pop(name)
         self.check["parts"].append(found)
 
     def _verdict(self, failed: list[str]) -> str:

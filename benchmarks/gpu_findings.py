@@ -66,7 +66,7 @@ def judge(part: Part, outcome: Outcome) -> dict:
         content = json.loads(part.json.read_text()) if part.json is not None and part.json.exists() else {}
     except (ElementTree.ParseError, json.JSONDecodeError):
         counts, content = None, {}  # killed while it wrote
-    wanted = ("floors", "machine") if part.kind == "floors" else ("records",)
+    wanted = {"floors": ("floors", "machine"), "kernels": ("kernels",)}.get(part.kind, ("records",))
     found |= (counts or {}) | {name: content[name] for name in wanted if name in content}
     if part.kind == "sanitizer":
         found |= read_sanitizer(outcome.output)
@@ -99,7 +99,8 @@ def _verdict(part: Part, outcome: Outcome, found: dict, counts: dict | None) -> 
         return "failed", "no test passed"
     if part.kind == "floors" and "floors" not in found:
         return "failed", f"it measured nothing; last line: {last}"
-    if part.kind == "benchmark" and not found.get("records"):
+    wanted = {"benchmark": "records", "kernels": "kernels"}.get(part.kind)
+    if wanted and not found.get(wanted):
         return "unfinished", "nothing was measured"
     return "passed", ""
 

@@ -22,7 +22,7 @@ class Part:
 
     Attributes:
         name: shown, and what --only takes.
-        kind: "build", "tests", "sanitizer", "floors" or "benchmark".
+        kind: "build", "tests", "sanitizer", "floors", "benchmark" or "kernels".
         seconds: the most it may take.
         quick: the same with --quick; None: it is left out there.
         command: `{seconds}` in it stands for the seconds after which it is interrupted.
@@ -61,6 +61,9 @@ def _others(facts: dict, folder: Path) -> list[Part]:
         options = ("-v", "--continue-on-collection-errors", f"--junitxml={xml}")
         return Part(name, "tests", seconds, quick, (*PYTEST, *options, *arguments), xml=xml)
 
+    # Most of a test's time is its process's and its compiler's, on the host.
+    workers = ("-n", str(max(1, min(14, (os.cpu_count() or 2) - 2)))) if facts["xdist"] else ()
+
     def benchmark(name: str, seconds: float, quick: float | None, *arguments: str) -> Part:
         stem = folder / name.replace(" ", "-")
         xml, json = stem.with_suffix(".xml"), stem.with_suffix(".json")
@@ -78,23 +81,26 @@ def _others(facts: dict, folder: Path) -> list[Part]:
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Part(tool, "sanitizer", seconds, None, command, env=env, missing=missing)
 
-    floors = folder / "floors.json"
+    floors, kernels = folder / "floors.json", folder / "kernels.json"
     decode = "benchmarks/test_decode.py::"
     decode_tests = tuple(decode + name for name in ("test_steering_overhead", "test_decode", "test_decode_ratios"))
     return [
-        tests("gpu tests", 90, 50, "-m", "gpu", "tests"),
+        tests("gpu tests", 70, 50, "-m", "gpu and not alone", *workers, "tests"),
+        tests("gpu tests of memory", 30, None, "-m", "gpu and alone", "tests"),
         Part("floors", "floors", 60, 40, (sys.executable, "-m", "benchmarks.gpu_device", "floors", str(floors)),
              json=floors),
         benchmark("loss ratios", 100, 75, "benchmarks/test_loss.py", "-k", "ratios"),
         benchmark("steer", 50, 45, "benchmarks/test_steer.py"),
         benchmark("decode mistral", 170, 60, *decode_tests, "-k", "mistral"),
+        Part("kernels of a step", "kernels", 60, None,
+             (sys.executable, "-m", "benchmarks.gpu_kernels", str(kernels), "--seconds", "{seconds}"), json=kernels),
         sanitizer("memcheck", NOT_SANITIZED, 90),
         benchmark("decode qwen", 140, None, *decode_tests, "-k", "qwen"),
         benchmark("decode gemma", 140, None, *decode_tests, "-k", "gemma"),
         # cuBLAS and Triton have their own ways to order accesses, which racecheck does not know; ours are these.
         sanitizer("racecheck", f"(native or engine or cuda_step) and {NOT_SANITIZED}", 90),
         # Not marked gpu, since without one they run in Triton's interpreter.
-        tests("kernel tests", 240, None, *KERNEL_TESTS, *(("-n", "8") if facts["xdist"] else ())),
+        tests("kernel tests", 240, None, *KERNEL_TESTS, *workers),
         benchmark("loss", 300, None, "benchmarks/test_loss.py::test_loss", "-k", "T4096 and valid30"),
         benchmark("train step", 200, None, "benchmarks/test_train_step.py"),
     ]  # fmt: skip

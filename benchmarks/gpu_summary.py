@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 
+from benchmarks import gpu_kernels
+
 LISTED = 12  # of one kind of finding; the JSON file has all
+SLOWEST = 6  # kernels of a step
 
 
 def summary(results: dict) -> str:
     """Tests, sanitizer, floors, figures, what failed and what was not run."""
-    sections = [_head(results), _parts(results), _floors(results), _figures(results), _failed(results), _left(results)]
+    sections = [_head(results), _parts(results), _floors(results), _figures(results), _kernels(results),
+                _failed(results), _left(results)]  # fmt: skip
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -71,6 +75,12 @@ def _figures(results: dict) -> str:
         )
         rows.append("| " + " | ".join(map(_cell, cells)) + " |")
     return "\n".join(rows)
+
+
+def _kernels(results: dict) -> str:
+    """What is worth a look first: the slowest kernels of every step."""
+    found = results["check"].get("kernels", [])
+    return "\n".join(gpu_kernels.page(step | {"kernels": step["kernels"][:SLOWEST]}) for step in found).strip()
 
 
 def share_of_floor(record: dict) -> float | None:

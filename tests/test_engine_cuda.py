@@ -313,6 +313,7 @@ def test_generate_takes_beams_stop_strings_prefixes_and_films_on_the_gpu():
 
 
 @gpu
+@pytest.mark.alone
 def test_a_cache_that_does_not_fit_says_how_much_was_needed():
     import gc
 

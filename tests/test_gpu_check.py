@@ -11,7 +11,15 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
 
-from benchmarks import gpu_check, gpu_device, gpu_findings, gpu_parts, gpu_process, gpu_summary  # noqa: E402
+from benchmarks import (  # noqa: E402
+    gpu_check,
+    gpu_device,
+    gpu_findings,
+    gpu_kernels,
+    gpu_parts,
+    gpu_process,
+    gpu_summary,
+)
 from benchmarks.gpu_parts import Part  # noqa: E402
 from benchmarks.gpu_process import Outcome  # noqa: E402
 
@@ -39,6 +47,12 @@ RECORD = {
     "gflops_per_second": 375e3,
     "share_of_floor": 0.9,
     "ratios": {"Liger": {"median": 0.5, "low": 0.49, "high": 0.51, "rounds": 50}},
+}
+STEP = {
+    "name": "mistral-7b-bfloat16-B1-unsteered",
+    "steps": 15,
+    "microseconds": 4200.0,
+    "kernels": [{"name": "project_kernel<1, 1, 1> [256, 1, 1]", "a_step": 64, "added": 19, "own": 37, "early": 16}],
 }
 JUNIT = """<?xml version="1.0"?><testsuites><testsuite name="pytest" tests="5">
 <testcase classname="tests.test_a" name="test_one[x]" time="0.1"/>
@@ -75,6 +89,8 @@ class FakeMachine:
         if "--results" in command:
             path = Path(command[command.index("--results") + 1])
             path.write_text(json.dumps({"scale": "gpu", "machine": {}, "records": [RECORD]}))
+        if "gpu_kernels" in text:
+            Path(command[command.index("benchmarks.gpu_kernels") + 1]).write_text(json.dumps({"kernels": [STEP]}))
         if "gpu_device floors" in text:
             Path(command[-1]).write_text(json.dumps({"floors": FLOORS, "machine": FACTS["machine"]}))
         if isinstance(answer, Outcome):
@@ -108,18 +124,20 @@ def test_all_is_well_with_every_part(tmp_path, nvcc, capsys):
     status, results, page = check(tmp_path, machine)
     assert status == 0 and results["check"]["verdict"] == "All is well"
     names = [part["name"] for part in results["check"]["parts"]]
-    assert names[0].startswith("build") and names[1:4] == ["gpu tests", "floors", "loss ratios"]
+    assert names[0].startswith("build") and names[1:4] == ["gpu tests", "gpu tests of memory", "floors"]
     assert all(part["status"] == "passed" for part in results["check"]["parts"])
     assert results["scale"] == "gpu" and results["machine"]["gpu driver_version"] == "580.159.04"
     # 375 of 750 TFLOP/s, from the floors of the same run.
     assert results["records"][0]["share_of_product"] == pytest.approx(0.5)
     assert "| test_loss_ratios[mistral] | 4.000 (0.100) | 90% | 50% of product | Liger 0.500 |" in page
+    assert results["check"]["kernels"] == [STEP] and "mistral-7b-bfloat16-B1-unsteered: 4200 µs a step" in page
+    assert "| `project_kernel<1, 1, 1> [256, 1, 1]` | 64 | 19.0 | 37.0 | 16.0 | 1216.0 |" in page
     assert "copy 3000 (2950 to 3010) GB/s" in page and "nvcc 13.0" in page and "1755 MHz" in page
     assert "gpu-check: results in" in capsys.readouterr().out
 
 
 def test_what_failed_is_on_the_page_and_in_the_exit_status(tmp_path, nvcc):
-    status, results, page = check(tmp_path, FakeMachine(**{"-m gpu tests": JUNIT}), "--only", "gpu tests,floors")
+    status, results, page = check(tmp_path, FakeMachine(**{"gpu and not alone": JUNIT}), "--only", "gpu tests,floors")
     assert status == 1 and "**Failed: gpu tests**" in page
     assert "`tests.test_a::test_two`: assert 1 == 2" in page and "`tests.test_a::test_three`: failed on setup" in page
     assert "- 1 x Liger is not installed" in page and "`tests.test_b::test_five`: the time was up" in page
@@ -143,8 +161,8 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, nvcc):
 
 def test_what_there_was_no_time_for_is_listed(tmp_path, nvcc, monkeypatch):
     machine = FakeMachine()
-    # Enough for the facts and for the tests.
-    monkeypatch.setattr(gpu_process.Deadline, "left", lambda self: 500.0 if len(machine.commands) < 2 else 3.0)
+    # Enough for the facts and for the tests, which are two parts.
+    monkeypatch.setattr(gpu_process.Deadline, "left", lambda self: 500.0 if len(machine.commands) < 3 else 3.0)
     status, results, page = check(tmp_path, machine, "--only", "gpu tests,floors,steer")
     assert ["steer", "3 s were left"] in results["check"]["not_run"] and "- steer: 3 s were left" in page
     # Measuring less is no fault; not testing is.
@@ -153,7 +171,7 @@ def test_what_there_was_no_time_for_is_listed(tmp_path, nvcc, monkeypatch):
     monkeypatch.setattr(gpu_process.Deadline, "left", lambda self: 3.0)
     assert gpu_check.main(["--out", str(tmp_path / "again"), "--only", "gpu tests"], run=machine) == 1
     [path] = (tmp_path / "again").glob("*.md")
-    assert "**Failed: gpu tests was not run**" in path.read_text()
+    assert "**Failed: gpu tests was not run, gpu tests of memory was not run**" in path.read_text()
 
 
 def test_a_results_file_is_never_overwritten(tmp_path):
@@ -202,7 +220,15 @@ def test_a_dry_run_prints_every_command_and_runs_none(capsys, tmp_path):
     assert gpu_check.main(["--dry-run", "--out", str(tmp_path / "out")], run=machine) == 0
     printed = capsys.readouterr().out
     assert machine.commands == [] and not (tmp_path / "out").exists()
-    for words in ("-m gpu tests", "gpu_device floors", "--scale gpu", "--tool memcheck", "test_decode.py", "DIVE_CUDA"):
+    for words in (
+        "gpu and not alone",
+        "gpu_kernels",
+        "gpu_device floors",
+        "--scale gpu",
+        "--tool memcheck",
+        "test_decode.py",
+        "DIVE_CUDA",
+    ):
         assert words in printed
     assert "{seconds}" not in printed
 
@@ -365,3 +391,45 @@ def test_facts_say_why_there_is_no_device():
     assert found["torch"] == torch.__version__ and found["missing"] == []
     assert found["error"] and "\n" not in found["error"]
     assert "device" not in found
+
+
+# -- where a step's time goes
+
+
+def kernel(name, begin, end, grid=(1, 1, 1)) -> dict:
+    return {"cat": "kernel", "name": name, "ts": begin, "dur": end - begin, "args": {"grid": list(grid)}}
+
+
+BEGIN = "void dive::cuda::(anonymous namespace)::begin_kernel<(dive::cpu::DType)1>(dive::cuda::Begin)"
+PROJECT = (
+    "void dive::cuda::(anonymous namespace)::project_kernel<(dive::cpu::DType)1, 4, 2>"
+    "(dive::cuda::(anonymous namespace)::Product)"
+)
+
+
+def test_a_kernel_adds_what_is_between_the_ends():
+    # A step takes 30 us: 3 of the beginning, then 20 of a product that begins early, then 7 of another one.
+    events = [{"cat": "gpu_memcpy", "name": "Memcpy", "ts": 0.0, "dur": 5.0}]
+    for step in range(3):
+        t = 100.0 + 30 * step
+        events.append(kernel(BEGIN, t, t + 3))
+        events.append(kernel(PROJECT, t + 1, t + 23, (256, 1, 1)))
+        events.append(kernel("dive::cuda::(anonymous namespace)::finish_kernel(dive::cuda::Finish)", t + 20, t + 30))
+        events.append(kernel("void at::native::vectorized_elementwise_kernel<4>()", t + 24, t + 25))
+    found = gpu_kernels.of_trace(list(reversed(events)))
+    assert found["steps"] == 2 and found["microseconds"] == 30
+    figures = {row["name"]: (row["a_step"], row["added"], row["own"], row["early"]) for row in found["kernels"]}
+    assert figures == {
+        "project_kernel<1, 4, 2> [256, 1, 1]": (1, 20, 22, 2),
+        "finish_kernel [1, 1, 1]": (1, 7, 10, 3),
+        "begin_kernel<1> [1, 1, 1]": (1, 3, 3, 0),
+    }
+    assert [row["name"].split("_")[0] for row in found["kernels"]] == ["project", "finish", "begin"]
+    with pytest.raises(ValueError, match="holds 1 steps of the engine"):
+        gpu_kernels.of_trace(events[:4])
+
+
+def test_steps_of_every_model_are_looked_at():
+    names = [name for name, _ in gpu_kernels.decodings()]
+    assert names[:2] == ["mistral-7b-bfloat16-B1-unsteered", "mistral-7b-bfloat16-B1-lowrank-r64"]
+    assert len(names) == len(set(names)) == 10 and sum("gemma3-4b" in name for name in names) == 2
