@@ -4,9 +4,12 @@
 // columns and meet in shared memory. In m16n8k16 a lane holds pairs of neighbouring columns, but a sum may be taken in
 // any order of its terms: here a lane loads 16 bytes, 8 columns, of its rows of weights and of its row of x, and gives
 // them to two mma as if they were the pairs that it should hold. So both come straight from memory in their own layout.
-// Across warps the 16-byte pieces are side by side: 512 bytes of every row.
+// Across warps the 16-byte pieces are side by side: 512 bytes of every row. Weights go through shared memory, where
+// each thread finds what it has asked for itself: so that more are on their way than registers could hold, all the
+// time.
 //
 // float32 has no such instruction that keeps its precision: a warp per row of weights.
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/device_math.cuh"
@@ -18,11 +21,10 @@ namespace {
 constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int kTileRows = 16;
 constexpr int kSlab = 32;  // columns that a warp takes at a time: 4 lanes of 8
-// Slabs whose weights are on their way at a time, of all matrices together: 2 rows * 16 bytes * 256 threads * 4 are 32
-// KiB per block, and with two blocks 64 KiB per SM. On an H200 the gated product of one row reads its 235 MB in 57 us,
-// 4.1 TB/s, where copying reaches 4.25. Bringing more of a block's rows to the L2 cache while it waits made a step
-// slower.
-constexpr int kSlabsAhead = 4;
+// Slabs that a warp has on their way to shared memory at a time, of all matrices together: 2 rows * 16 bytes * 256
+// threads * 6 are 48 KiB per block and, with three blocks, 144 KiB per multiprocessor; 4.3 TB/s * 1 us of latency want
+// 33 KiB of each of 132. What is more is asked for while the kernel before this one still works.
+constexpr int kSlabsAhead = 6;
 
 struct Segment {
   const void* data;
@@ -68,48 +70,72 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint4& low, const 
   mma(low.z, high.z, low.w, high.w, x.z, x.w);
 }
 
+// The slabs on their way: 16 bytes of each of its rows are what a thread asks for, and what it reads itself.
+template <int kMatrices>
+struct Ring {
+  static constexpr int kSlabs = kSlabsAhead / kMatrices;
+  static constexpr std::size_t kBytes = std::size_t{kSlabs} * kMatrices * 2 * kThreads * sizeof(uint4);
+  uint4* shared;
+
+  // Of row `row`, or row + 8 in the second half.
+  __device__ __forceinline__ uint4* at(int slab, int matrix, int half) const {
+    return shared + ((slab * kMatrices + matrix) * 2 + half) * kThreads + threadIdx.x;
+  }
+};
+
 // sums[m][tile] (+)= this warp's columns of rows `row` and `row + 8` of kMatrices matrices times x. The first weights
 // are asked for before the kernel that writes x has ended.
 template <DType kDType, int kMatrices, int kTiles>
-__device__ __forceinline__ void multiply_slabs(const std::uint16_t* const (&low)[kMatrices],
+__device__ __forceinline__ void multiply_slabs(const Ring<kMatrices>& ring,
+                                               const std::uint16_t* const (&low)[kMatrices],
                                                const std::uint16_t* const (&high)[kMatrices], int columns,
                                                const std::uint16_t* x, int batch, float (&sums)[kMatrices][kTiles][4]) {
-  constexpr int kAhead = kSlabsAhead / kMatrices;
+  constexpr int kSlabs = Ring<kMatrices>::kSlabs;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int slabs = (columns + kSlab - 1) / kSlab;
-  bool waited = false;
-  for (int first = warp; first < slabs; first += kWarps * kAhead) {
-    uint4 weights[kAhead][kMatrices][2];
+  const int count = ((columns + kSlab - 1) / kSlab - warp + kWarps - 1) / kWarps;
+  const auto column = [&](int i) { return (warp + i * kWarps) * kSlab + lane % 4 * 8; };
+  // Groups of copies are counted, so that there is one for every slab, also for one that is not there.
+  const auto ask = [&](int i, int slab) {
+    const int k = column(i);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int k = (first + i * kWarps) * kSlab + lane % 4 * 8;
-#pragma unroll
-      for (int m = 0; m < kMatrices; ++m) {
-        weights[i][m][0] = k < columns ? load_streaming(low[m] + k) : uint4{};
-        weights[i][m][1] = k < columns ? load_streaming(high[m] + k) : uint4{};
-      }
+    for (int m = 0; m < kMatrices; ++m) {
+      if (k >= columns) continue;
+      copy_ahead(ring.at(slab, m, 0), low[m] + k);
+      copy_ahead(ring.at(slab, m, 1), high[m] + k);
     }
-    if (!waited) take_turn();
-    waited = true;
+    end_group_of_copies();
+  };
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int k = (first + i * kWarps) * kSlab + lane % 4 * 8;
+  for (int slab = 0; slab < kSlabs; ++slab) ask(slab, slab);
+  take_turn();
+  for (int first = 0; first < count; first += kSlabs) {
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+      const int i = first + slab, k = column(i);
+      if (i >= count) break;
+      uint4 numbers[kTiles];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const int row = tile * kRowTile + lane / 4;
         // Of a tile's rows those that are not there are not read: all blocks together read x as often as there are
         // blocks.
         const bool there = k < columns && row < batch;
-        const uint4 numbers = there ? load_cached(x + static_cast<std::int64_t>(row) * columns + k) : uint4{};
+        numbers[tile] = there ? load_cached(x + static_cast<std::int64_t>(row) * columns + k) : uint4{};
+      }
+      wait_for_copies<kSlabs - 1>();
 #pragma unroll
-        for (int m = 0; m < kMatrices; ++m) {
-          multiply<kDType>(sums[m][tile], weights[i][m][0], weights[i][m][1], numbers);
+      for (int m = 0; m < kMatrices; ++m) {
+        const uint4 weights[2] = {k < columns ? *ring.at(slab, m, 0) : uint4{},
+                                  k < columns ? *ring.at(slab, m, 1) : uint4{}};
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          multiply<kDType>(sums[m][tile], weights[0], weights[1], numbers[tile]);
         }
       }
+      // Its weights are in registers, or the products would not have begun.
+      ask(i + kSlabs, slab);
     }
   }
-  // Every block waits, that those behind this kernel need not know what stood before it.
-  if (!waited) take_turn();
 }
 
 // The warps' sums, brought together in shared memory [kWarps][kTiles * 8][16 + 1]: total(b, n).
@@ -144,8 +170,11 @@ struct Meeting {
 // from the L2 cache. Two matrices at a time have that by themselves; with four a step took longer on an H200.
 constexpr int sets_of(int tiles) { return tiles > 1 ? 2 : 1; }
 
+// Blocks that are to fit on a multiprocessor.
+constexpr int blocks_of(int tiles) { return tiles == 1 ? 3 : tiles <= 4 ? 2 : 1; }
+
 template <DType kDType, int kTiles, int kSets>
-__global__ void __launch_bounds__(kThreads, kTiles > 4 ? 1 : 2) project_kernel(const Product product) {
+__global__ void __launch_bounds__(kThreads, blocks_of(kTiles)) project_kernel(const Product product) {
   const Segment& segment = segment_of(product, static_cast<int>(blockIdx.x));
   const int first = (static_cast<int>(blockIdx.x) - segment.first_tile) * kSets * kTileRows;
   const auto row = [&](int n) {
@@ -158,8 +187,9 @@ __global__ void __launch_bounds__(kThreads, kTiles > 4 ? 1 : 2) project_kernel(c
     high[set] = row(first + set * kTileRows + threadIdx.x % kWarp / 4 + 8);
   }
   float sums[kSets][kTiles][4] = {};
-  multiply_slabs<kDType, kSets, kTiles>(low, high, product.columns, static_cast<const std::uint16_t*>(product.x),
-                                        product.batch, sums);
+  multiply_slabs<kDType, kSets, kTiles>(Ring<kSets>{dynamic_shared_memory<uint4>()}, low, high, product.columns,
+                                        static_cast<const std::uint16_t*>(product.x), product.batch, sums);
+  __syncthreads();  // the sums meet where weights were
   const auto meeting = [&](int set) {
     return Meeting<kTiles>{dynamic_shared_memory<float>() + set * Meeting<kTiles>::kRoom};
   };
@@ -177,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kTiles > 4 ? 1 : 2) project_kernel(c
 }
 
 template <DType kDType, int kTiles>
-__global__ void __launch_bounds__(kThreads, kTiles > 4 ? 1 : 2) project_gated_kernel(const GatedProduct product) {
+__global__ void __launch_bounds__(kThreads, blocks_of(kTiles)) project_gated_kernel(const GatedProduct product) {
   const int rows = product.gate.rows, first = blockIdx.x * kTileRows, g = threadIdx.x % kWarp / 4;
   const auto row = [&](const Matrix& matrix, int n) {
     return static_cast<const std::uint16_t*>(matrix.data) + min(n, rows - 1) * matrix.stride;
@@ -185,8 +215,9 @@ __global__ void __launch_bounds__(kThreads, kTiles > 4 ? 1 : 2) project_gated_ke
   const std::uint16_t* const low[2] = {row(product.gate, first + g), row(product.up, first + g)};
   const std::uint16_t* const high[2] = {row(product.gate, first + g + 8), row(product.up, first + g + 8)};
   float sums[2][kTiles][4] = {};
-  multiply_slabs<kDType, 2, kTiles>(low, high, product.gate.columns, static_cast<const std::uint16_t*>(product.x),
-                                    product.batch, sums);
+  multiply_slabs<kDType, 2, kTiles>(Ring<2>{dynamic_shared_memory<uint4>()}, low, high, product.gate.columns,
+                                    static_cast<const std::uint16_t*>(product.x), product.batch, sums);
+  __syncthreads();  // the sums meet where weights were
   float* const shared = dynamic_shared_memory<float>();
   const Meeting<kTiles> gates{shared}, ups{shared + Meeting<kTiles>::kRoom};
   gates.put(sums[0]);
@@ -272,7 +303,7 @@ template <DType kDType>
 cudaError_t project_half(cudaStream_t stream, const Product& product, int tiles) {
   return with_tiles(product.batch, [&](auto kTiles) {
     constexpr int kSets = sets_of(kTiles);
-    const std::size_t bytes = kSets * Meeting<kTiles>::kRoom * sizeof(float);
+    const std::size_t bytes = std::max(Ring<kSets>::kBytes, kSets * Meeting<kTiles>::kRoom * sizeof(float));
     const auto kernel = project_kernel<kDType, kTiles, kSets>;
     if (const cudaError_t error = allow_shared(kernel, bytes); error != cudaSuccess) return error;
     return launch(stream, tiles, kThreads, bytes, kernel, product);
@@ -282,7 +313,7 @@ cudaError_t project_half(cudaStream_t stream, const Product& product, int tiles)
 template <DType kDType>
 cudaError_t project_gated_half(cudaStream_t stream, const GatedProduct& product) {
   return with_tiles(product.batch, [&](auto kTiles) {
-    const std::size_t bytes = 2 * Meeting<kTiles>::kRoom * sizeof(float);
+    const std::size_t bytes = std::max(Ring<2>::kBytes, 2 * Meeting<kTiles>::kRoom * sizeof(float));
     const auto kernel = project_gated_kernel<kDType, kTiles>;
     if (const cudaError_t error = allow_shared(kernel, bytes); error != cudaSuccess) return error;
     return launch(stream, (product.gate.rows + kTileRows - 1) / kTileRows, kThreads, bytes, kernel, product);

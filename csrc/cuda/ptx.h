@@ -88,8 +88,8 @@ __device__ __forceinline__ uint4 load_cached(const void* p) {
   return x;
 }
 
-// Copies 16 aligned bytes that no kernel of this graph writes to shared memory, while the thread goes on; it finds them
-// there behind wait_for_copies(), other threads behind a barrier after that.
+// Copies 16 aligned bytes to shared memory, while the thread goes on; nobody writes them meanwhile. The thread finds
+// them there behind wait_for_copies(), other threads behind a barrier after that.
 __device__ __forceinline__ void copy_ahead(void* shared, const void* p) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
                    static_cast<unsigned>(__cvta_generic_to_shared(shared))),
@@ -97,6 +97,16 @@ __device__ __forceinline__ void copy_ahead(void* shared, const void* p) {
                : "memory");
 }
 
+// What a thread has asked for since the last such call is a group, perhaps an empty one.
+__device__ __forceinline__ void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all groups of the thread's but the last kLeft.
+template <int kLeft>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// Waits for all copies of the thread's.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Programmatic dependent launch (cudaLaunchAttributeProgrammaticStreamSerialization): a kernel begins while the one

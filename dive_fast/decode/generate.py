@@ -88,7 +88,7 @@ def generate(
         max_new_tokens, min_new_tokens: bounds on the new tokens, EOS included.
         engine: "native" (the compiled engine: the decoder families it knows, on a CPU or a CUDA device),
             "transformers" (anything), or None: the first where it applies, else the second. On a GPU None takes
-            transformers: no GPU has run the engine yet, so there it has to be asked for.
+            transformers: one has run the engine, but not yet its present kernels, so there it has to be asked for.
         adapter_names: one adapter name per row, "__base__" for none (PEFT's convention).
         temperature: 0 is greedy; otherwise the softmax temperature of sampling.
         top_k, top_p, min_p: keep the k most likely tokens (0: all); the fewest that reach probability top_p; those with

@@ -8,6 +8,7 @@
 
 #include <array>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <utility>
 #include <vector>
@@ -66,23 +67,37 @@ inline uint4 load_cached(const void* p) { return *static_cast<const uint4*>(p); 
 
 // Some copies are there at once and the others when they are waited for, so that it shows if something is read before,
 // and if something still needed is copied over.
-using Copies = std::vector<std::pair<uint4*, const uint4*>>;
-inline Copies& own_copies() {
-  static std::map<std::array<unsigned, 4>, Copies> of_threads;
-  return of_threads[{blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x}];
-}
+struct Copies {
+  using Group = std::vector<std::pair<uint4*, const uint4*>>;
+  std::deque<Group> groups{1};  // the last is still open
+
+  static Copies& own() {
+    static std::map<std::array<unsigned, 4>, Copies> of_threads;
+    return of_threads[{blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x}];
+  }
+  void finish(std::size_t left) {
+    for (; groups.size() > left; groups.pop_front()) {
+      for (const auto& [to, from] : groups.front()) *to = *from;
+    }
+  }
+};
 inline void copy_ahead(void* shared, const void* p) {
   auto* const to = static_cast<uint4*>(shared);
   const auto* const from = static_cast<const uint4*>(p);
   if (dive_host_cuda::random_below(2)) {
     *to = *from;
   } else {
-    own_copies().emplace_back(to, from);
+    Copies::own().groups.back().emplace_back(to, from);
   }
 }
+inline void end_group_of_copies() { Copies::own().groups.emplace_back(); }
+template <int kLeft>
+void wait_for_copies() {
+  Copies::own().finish(kLeft + 1);
+}
 inline void wait_for_copies() {
-  for (const auto& [to, from] : own_copies()) *to = *from;
-  own_copies().clear();
+  Copies::own().finish(0);
+  end_group_of_copies();
 }
 
 inline void wait_for_previous_kernel() {}
