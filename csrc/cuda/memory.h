@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace dive::cuda {
 
@@ -75,6 +76,13 @@ class DeviceArray {
   T* data_ = nullptr;
   std::size_t count_ = 0;
 };
+
+template <class T>
+DeviceArray<T> uploaded(const std::vector<T>& values, const char* what) {
+  DeviceArray<T> array(values.size(), what);
+  check(cudaMemcpy(array.data(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), what);
+  return array;
+}
 
 // Memory of the host that the device copies from and to by itself, and that kernels reach at on_device().
 template <class T>

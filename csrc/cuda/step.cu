@@ -6,11 +6,11 @@
 #include <iterator>
 #include <map>
 #include <memory>
-#include <optional>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
+#include "cuda/adapters.h"
 #include "cuda/cache_memory.h"
 #include "cuda/kernels.h"
 #include "cuda/loop.h"
@@ -25,12 +25,6 @@ using engine::Norm;
 using engine::Plan;
 using engine::StepRow;
 static_assert(kMostRows == engine::kMostRows);
-
-enum Place { kAttention, kBlock, kPlaces };
-
-const std::vector<std::optional<engine::Steering>>& sites(const engine::Adapter& adapter, int place) {
-  return place == kBlock ? adapter.block : adapter.attention;
-}
 
 Matrix matrix_of(const engine::Weight& w) {
   return {w.data, w.bias, w.row_stride, static_cast<std::int32_t>(w.rows), static_cast<std::int32_t>(w.columns)};
@@ -58,7 +52,7 @@ class CudaStepper final : public engine::Stepper {
  public:
   CudaStepper(const Plan& plan, int max_rows, int device, StepForm form)
       : plan_(plan), max_rows_(batch_for(max_rows)), device_(device), dtype_(plan.cache_dtype),
-        memory_(device, stream_), loop_(max_rows_, plan.vocabulary),
+        memory_(device, stream_), loop_(max_rows_, plan.vocabulary), adapters_(plan, max_rows_),
         repeats_(form == StepForm::kBest && Graph::can_repeat()) {
     const std::size_t D = plan.hidden_size, queries = std::size_t(plan.heads) * plan.head_size;
     const std::size_t keys = std::size_t(plan.kv_heads) * plan.head_size, half = plan.head_size / 2;
@@ -87,9 +81,9 @@ class CudaStepper final : public engine::Stepper {
     const std::size_t slab = keys * cpu::kCacheBlock * cpu::size_of(dtype_);
     if (max_rows_ > 1) idle_block_ = DeviceArray<std::byte>(2 * plan.layers.size() * slab, "keys and values");
     upload_ropes();
-    upload_adapters();
     if (form == StepForm::kBest) {
-      check(blocks_of_arrivals(dtype_, hidden_size(), most_rank_, device, &cluster_), "asking for clusters of blocks");
+      check(blocks_of_arrivals(dtype_, hidden_size(), adapters_.most_rank(), device, &cluster_),
+            "asking for clusters of blocks");
     }
     make_tables(16);
   }
@@ -173,13 +167,6 @@ class CudaStepper final : public engine::Stepper {
     return tickets;
   }
 
-  template <class T>
-  static DeviceArray<T> uploaded(const std::vector<T>& values, const char* what) {
-    DeviceArray<T> array(values.size(), what);
-    check(cudaMemcpy(array.data(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), what);
-    return array;
-  }
-
   void upload_ropes() {
     std::vector<float> frequencies, scaling;
     for (const engine::Rope& rope : plan_.ropes) {
@@ -188,59 +175,6 @@ class CudaStepper final : public engine::Stepper {
     }
     frequencies_ = uploaded(frequencies, "rope frequencies");
     scaling_ = uploaded(scaling, "rope frequencies");
-  }
-
-  // [adapters][layers][places]
-  void upload_adapters() {
-    acts_.assign(plan_.layers.size() * kPlaces, false);
-    if (plan_.adapters.empty()) return;
-    std::vector<Steering> steerings;
-    for (const engine::Adapter& adapter : plan_.adapters) {
-      for (std::size_t l = 0; l < plan_.layers.size(); ++l) {
-        for (int place = 0; place < kPlaces; ++place) {
-          const auto& site = sites(adapter, place)[l];
-          steerings.push_back(site ? steering_of(*site) : absent());
-          if (!site) continue;
-          acts_[l * kPlaces + place] = true;
-          half_ = half_ && site->matrices.dtype != DType::kFloat32;
-          most_rank_ = std::max(most_rank_, static_cast<int>(site->rank));
-        }
-      }
-    }
-    steerings_ = uploaded(steerings, "adapters");
-    const std::size_t rows = max_rows_, D = plan_.hidden_size;
-    hidden_ = DeviceArray<float>(rows * D, "adapters");
-    activated_ = DeviceArray<float>(rows * std::max(most_rank_, 1), "adapters");
-    gates_ = DeviceArray<float>(rows, "adapters");
-    make_turns(1);
-  }
-
-  static Steering absent() {
-    Steering none{};
-    none.rank = -1;
-    return none;
-  }
-
-  static Steering steering_of(const engine::Steering& s) {
-    return {.rank = static_cast<std::int32_t>(s.rank),
-            .columns = static_cast<std::int32_t>(s.matrices.columns),
-            .matrices = s.matrices.data,
-            .dtype = s.matrices.dtype,
-            .activation = s.activation,
-            .bias = s.bias,
-            .static_push = s.static_push,
-            .gate_direction = s.gate_direction,
-            .alpha = s.alpha,
-            .gate_offset = s.gate_offset,
-            .normalize_input = s.normalize_input,
-            .preserve_norm = s.preserve_norm};
-  }
-
-  // Recorded steps hold these addresses.
-  void make_turns(std::size_t turns) {
-    forget_graphs();
-    adapters_ = DeviceArray<std::int32_t>(turns * max_rows_, "adapters");
-    staged_adapters_ = PinnedArray<std::int32_t>(turns * max_rows_);
   }
 
   void make_tables(std::size_t blocks) {
@@ -267,16 +201,12 @@ class CudaStepper final : public engine::Stepper {
       turns = std::max(turns, row.adapters->size());
       blocks = std::max(blocks, blocks_of(row));
     }
-    if (turns * max_rows_ > adapters_.size()) make_turns(turns);
+    if (adapters_.make_room(turns)) forget_graphs();
     const std::size_t capacity = blocks_.size() / max_rows_;
     if (blocks > capacity) make_tables(std::max(blocks, 2 * capacity));
     const std::size_t width = blocks_.size() / max_rows_, batch = batch_for(rows.size());
     for (std::size_t b = 0; b < batch; ++b) {
       std::byte** const table = staged_blocks_.data() + b * width;
-      for (std::size_t turn = 0; turn < turns; ++turn) {
-        const bool acts = b < rows.size() && turn < rows[b].adapters->size();
-        staged_adapters_[turn * max_rows_ + b] = acts ? (*rows[b].adapters)[turn] : -1;
-      }
       if (b >= rows.size()) {
         staged_rows_[b] = {0, 0, 0};
         table[0] = idle_block_.data();
@@ -288,24 +218,8 @@ class CudaStepper final : public engine::Stepper {
       std::copy_n(row.cache->blocks(), blocks_of(row), table);
     }
     copy(rows_.data(), staged_rows_.data(), batch * sizeof(Row));
-    if (turns) copy(adapters_.data(), staged_adapters_.data(), turns * max_rows_ * sizeof(std::int32_t));
     copy(blocks_.data(), staged_blocks_.data(), batch * width * sizeof(std::byte*));
-    return {static_cast<int>(batch), static_cast<int>(turns), tile_of(batch, turns)};
-  }
-
-  // The most rows that share their adapters wherever they have some.
-  int tile_of(std::size_t batch, std::size_t turns) const {
-    if (batch == 1) return 1;
-    for (std::size_t turn = 0; turn < turns; ++turn) {
-      std::int32_t adapter = -1;
-      for (std::size_t b = 0; b < batch; ++b) {
-        const std::int32_t own = staged_adapters_[turn * max_rows_ + b];
-        if (b % kTileOfArrivals == 0) adapter = -1;
-        if (own >= 0 && adapter >= 0 && own != adapter) return 1;
-        if (own >= 0) adapter = own;
-      }
-    }
-    return kTileOfArrivals;
+    return {static_cast<int>(batch), static_cast<int>(turns), adapters_.stage(stream_, rows, batch, turns)};
   }
 
   void enqueue(const Form& form) {
@@ -387,12 +301,11 @@ class CudaStepper final : public engine::Stepper {
 
   // The update reaches the residual stream, is steered there, and the next norm follows.
   void arrive(std::size_t l, Place place, const Norm& post, const Norm& next, const Form& form) {
-    if (form.turns == 0 || !acts_[l * kPlaces + place]) return add(arrival(post, update_.data(), next), form);
+    if (form.turns == 0 || !adapters_.act(l, place)) return add(arrival(post, update_.data(), next), form);
     for (int turn = 0; turn < form.turns; ++turn) {
       const bool first = turn == 0, last = turn + 1 == form.turns;
       Steer arguments = arrival(post, first ? update_.data() : nullptr, last ? next : Norm{});
-      arguments.steerings = steerings_.data() + l * kPlaces + place;
-      arguments.adapters = adapters_.data() + turn * max_rows_;
+      adapters_.steer(arguments, l, place, turn);
       if (cluster_) {
         add(arguments, form);
       } else {
@@ -412,6 +325,7 @@ class CudaStepper final : public engine::Stepper {
     }
   }
 
+  // One that nothing steers: without the shared memory that adapters want, too.
   Steer arrival(const Norm& post, const float* update, const Norm& next) const {
     return {.residual = residual_.data(),
             .update = update,
@@ -419,14 +333,14 @@ class CudaStepper final : public engine::Stepper {
             .norm = norm_of(next),
             .normed = normed_.data(),
             .hidden_size = hidden_size(),
-            .most_rank = most_rank_,
-            .half = half_,
+            .most_rank = 0,
+            .half = false,
             .steerings = nullptr,
-            .steerings_stride = static_cast<std::int64_t>(plan_.layers.size() * kPlaces),
+            .steerings_stride = 0,
             .adapters = nullptr,
-            .hidden = hidden_.data(),
-            .activated = activated_.data(),
-            .gates = gates_.data(),
+            .hidden = nullptr,
+            .activated = nullptr,
+            .gates = nullptr,
             .tickets = tickets_.data() + std::size_t(max_rows_) * plan_.heads};
   }
 
@@ -436,6 +350,7 @@ class CudaStepper final : public engine::Stepper {
   OwnStream stream_;
   DeviceMemory memory_;
   Loop loop_;
+  Adapters adapters_;
   bool repeats_;
   DeviceArray<Row> rows_;
   PinnedArray<Row> staged_rows_;
@@ -450,14 +365,7 @@ class CudaStepper final : public engine::Stepper {
   DeviceArray<std::byte*> blocks_;     // [B][blocks of the longest row]
   PinnedArray<std::byte*> staged_blocks_;
   DeviceArray<std::byte* const*> tables_;  // [B], into blocks_
-  std::vector<bool> acts_;                 // [layers][places]: some adapter does
-  int most_rank_ = 0;
-  bool half_ = true;  // of all adapters' matrices
-  int cluster_ = 0;   // blocks of a cluster, 0 where there are none
-  DeviceArray<Steering> steerings_;
-  DeviceArray<float> hidden_, activated_, gates_;
-  DeviceArray<std::int32_t> adapters_;  // [turns][B]
-  PinnedArray<std::int32_t> staged_adapters_;
+  int cluster_ = 0;                        // blocks of a cluster, 0 where there are none
   std::map<Form, std::unique_ptr<Graph>> steps_, loops_;
 };
 
