@@ -41,18 +41,18 @@ sanitize: $(if $(shell command -v cmake),,$(STAMP)) ## run the engine's C++ test
 	@mkdir -p build
 	@set -e; for kind in address,undefined thread; do \
 	  echo "sanitize: $$kind"; \
-	  tests="engine_test check_test"; \
+	  tests="check_test engine_test"; \
 	  case $$kind in \
 	    thread) portable=ON;; \
-	    *) portable=OFF; tests="$$tests cuda_on_host_test cuda_sample_test cuda_step_test";; \
+	    *) portable=OFF; tests="cuda_step_test $$tests cuda_on_host_test cuda_sample_test";; \
 	  esac; \
 	  $(CMAKE) -S . -B build/sanitize/$$kind -D DIVE_TESTS=ON -D DIVE_SANITIZE=$$kind -D DIVE_PORTABLE_ONLY=$$portable \
 	    >build/sanitize-$$kind.log \
 	  || { cat build/sanitize-$$kind.log; exit 1; }; \
 	  $(CMAKE) --build build/sanitize/$$kind --parallel $(CORES) --target $$tests >build/sanitize-$$kind.log \
 	  || { cat build/sanitize-$$kind.log; exit 1; }; \
-	  ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
-	  sh -ec 'for test in "$$@"; do "$$0/$$test"; done' build/sanitize/$$kind $$tests; \
+	  printf '%s\n' $$tests | ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
+	  xargs -P $(CORES) -I TEST sh -c build/sanitize/$$kind/TEST; \
 	done
 
 # On a machine with a GPU its owner's torch is the one to check: the Python that is named, else .venv's where there is one.

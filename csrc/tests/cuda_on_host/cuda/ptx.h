@@ -6,10 +6,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <array>
 #include <cstdint>
 #include <deque>
-#include <map>
 #include <utility>
 #include <vector>
 
@@ -71,9 +69,12 @@ struct Copies {
   using Group = std::vector<std::pair<uint4*, const uint4*>>;
   std::deque<Group> groups{1};  // the last is still open
 
+  // Of the thread; the blocks of a cluster are all that run at a time.
   static Copies& own() {
-    static std::map<std::array<unsigned, 4>, Copies> of_threads;
-    return of_threads[{blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x}];
+    static std::vector<Copies> of_threads;
+    const std::size_t place = std::size_t{dive_host_cuda::cluster_rank()} * blockDim.x + threadIdx.x;
+    if (place >= of_threads.size()) of_threads.resize(place + 1);
+    return of_threads[place];
   }
   void finish(std::size_t left) {
     for (; groups.size() > left; groups.pop_front()) {
