@@ -115,10 +115,9 @@ struct Block {
     slots = kWarp / lanes;
   }
 
-  // Calls f(row of the tile, column, address) for every eight numbers of the cached rows [begin, end) that are this
-  // thread's. The new position's is not among them: no block need have written it yet.
-  template <class F>
-  __device__ __forceinline__ void each_eight(std::int64_t offset, int begin, int end, F f) const {
+  // Asks for the keys or values of the cached positions [begin, end) in tile `tile`; they are in shared memory behind
+  // wait_for_copies() and a barrier. The new position's are not among them: no block need have written them yet.
+  __device__ void ask(std::int64_t offset, int begin, int end, Element* tile) const {
     const int e = (static_cast<int>(threadIdx.x) & (lanes - 1)) * 8, count = min(end, span.length - 1) - begin;
     if (count <= 0 || e >= E) return;
     // A tile lies in one block of the cache, or in two.
@@ -126,18 +125,11 @@ struct Block {
     const std::byte* const high = table[(begin + count - 1) / kTile] + offset;
     for (int row = threadIdx.x >> shift; row < count; row += kThreads >> shift) {
       const int position = begin + row;
-      const auto* const rows = reinterpret_cast<const Element*>(position / kTile == begin / kTile ? low : high) +
-                               (static_cast<std::int64_t>(kv_head) * kTile + position % kTile) * E;
-      f(row, e, rows + e);
-    }
-  }
-
-  // Asks for a tile's keys or values; they are in shared memory behind wait_for_copies() and a barrier.
-  __device__ void ask(std::int64_t offset, int begin, int end, Element* tile) const {
-    each_eight(offset, begin, end, [&](int row, int e, const Element* from) {
+      const auto* const from = reinterpret_cast<const Element*>(position / kTile == begin / kTile ? low : high) +
+                               (static_cast<std::int64_t>(kv_head) * kTile + position % kTile) * E + e;
       copy_ahead(tile + row * E + e, from);
       if constexpr (Places::kElement == 4) copy_ahead(tile + row * E + e + 4, from + 4);
-    });
+    }
   }
 
   // The new position's row, where the tile has it.
@@ -147,23 +139,7 @@ struct Block {
   }
 
   static __device__ __forceinline__ void load_eight_shared(const Element* p, float (&out)[8]) {
-    std::uint32_t words[2 * Places::kElement];
-#pragma unroll
-    for (int i = 0; i < Places::kElement / 2; ++i) {
-      const uint4 packed = reinterpret_cast<const uint4*>(p)[i];
-      words[4 * i] = packed.x;
-      words[4 * i + 1] = packed.y;
-      words[4 * i + 2] = packed.z;
-      words[4 * i + 3] = packed.w;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if constexpr (Places::kElement == 4) {
-        out[i] = __uint_as_float(words[i]);
-      } else {
-        out[i] = Format<kCache>::widen(static_cast<std::uint16_t>(words[i / 2] >> (16 * (i % 2))));
-      }
-    }
+    load_eight_by<kCache>([](const void* at) { return *static_cast<const uint4*>(at); }, p, out);
   }
 
   __device__ void score(int count) const {

@@ -44,11 +44,9 @@ struct Format<DType::kFloat16> {
   static __device__ __forceinline__ std::uint16_t narrow(float x) { return float_to_f16(x); }
 };
 
-// Eight numbers that lie side by side, from memory that nobody writes meanwhile (kConstant) or that an earlier kernel
-// wrote.
-template <DType kDType, bool kConstant = false>
-__device__ __forceinline__ void load_eight(const void* p, float (&out)[8]) {
-  const auto load = [](const void* at) { return kConstant ? load_streaming(at) : load_cached(at); };
+// Eight numbers that lie side by side, by load(address), which gives 16 bytes.
+template <DType kDType, class Load>
+__device__ __forceinline__ void load_eight_by(Load load, const void* p, float (&out)[8]) {
   if constexpr (kDType == DType::kFloat32) {
     const uint4 low = load(p), high = load(static_cast<const float*>(p) + 4);
     const std::uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
@@ -62,6 +60,12 @@ __device__ __forceinline__ void load_eight(const void* p, float (&out)[8]) {
       out[i] = Format<kDType>::widen(static_cast<std::uint16_t>(words[i / 2] >> (16 * (i % 2))));
     }
   }
+}
+
+// The same from memory that nobody writes meanwhile (kConstant) or that an earlier kernel wrote.
+template <DType kDType, bool kConstant = false>
+__device__ __forceinline__ void load_eight(const void* p, float (&out)[8]) {
+  load_eight_by<kDType>([](const void* at) { return kConstant ? load_streaming(at) : load_cached(at); }, p, out);
 }
 
 __device__ __forceinline__ float warp_sum(float x) {

@@ -29,7 +29,7 @@ using cpu::DType;
 inline constexpr int kRowTile = 8;
 inline constexpr int kMostRows = 64;
 
-// Positions of a row are attended to in pieces of whole cache blocks, at most this many, by a block of threads each.
+// Positions of a row are attended to in pieces as long as one or more cache blocks, at most this many.
 inline constexpr int kMostPieces = 32;
 
 // What a step runs, one per row, written by the host.
