@@ -58,22 +58,65 @@ template <int kCount, class F>
   unroll(std::make_integer_sequence<int, kCount>{}, f);
 }
 
+// What will be read after a product, asked for a cache line at a time while the product's tiles multiply: a copy that
+// finds it in memory alone waits for it, and so would the tiles if it were asked for all at once.
+class Prefetch {
+ public:
+  // `rows` of `row_bytes`, `stride` bytes apart; at most two such calls.
+  void add(const void* first, std::int64_t rows, std::int64_t row_bytes, std::int64_t stride) {
+    if (rows <= 0) return;
+    regions_[count_++] = {static_cast<const char*>(first), rows, row_bytes, stride};
+    lines_ += rows * ((row_bytes + kLine - 1) / kLine);
+  }
+
+  // To be asked for in the course of `steps` rows of b.
+  void spread(std::int64_t steps) { gap_ = lines_ > 0 && lines_ < steps ? steps / lines_ : lines_ > 0 ? 1 : steps; }
+
+  // Rows of b between two lines.
+  std::int64_t gap() const { return gap_; }
+
+  void line() {
+    if (at_ == count_) return;
+    Region& region = regions_[at_];
+    __builtin_prefetch(region.row + offset_, 0, 2);  // into the second level
+    offset_ += kLine;
+    if (offset_ < region.row_bytes) return;
+    offset_ = 0;
+    region.row += region.stride;
+    if (--region.rows == 0) ++at_;
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+  struct Region {
+    const char* row;
+    std::int64_t rows, row_bytes, stride;
+  };
+  Region regions_[2] = {};
+  int count_ = 0, at_ = 0;
+  std::int64_t lines_ = 0, offset_ = 0, gap_ = 1;
+};
+
 // c[i][m] = sum_k a[i * kRowStride + k * kStep] * b[k][m], on top of what c holds if `add`; c is [kTile][kPanel].
 template <class Words, int kRowStride, int kStep>
 inline void multiply_tile(const typename Words::Word* a, const typename Words::Word* b, std::int64_t depth, bool add,
-                          float* c) {
+                          float* c, Prefetch& prefetch) {
   // What c holds comes last: sums of blocks that are added up lose less than one running total over all of them.
   vf sums[kTile][2] = {};
-  for (std::int64_t k = 0; k < depth; ++k) {
-    const auto left = Words::load(b);
-    const auto right = Words::load(b + kLanes);
-    unroll<kTile>([&](auto i) {
-      const auto number = Words::splat(a[i * kRowStride]);
-      sums[i][0] = Words::multiply_add(sums[i][0], number, left);
-      sums[i][1] = Words::multiply_add(sums[i][1], number, right);
-    });
-    a += kStep;
-    b += kPanel;
+  for (std::int64_t k = 0; k < depth;) {
+    const std::int64_t end = k + prefetch.gap() < depth ? k + prefetch.gap() : depth;
+    prefetch.line();
+    for (; k < end; ++k) {
+      const auto left = Words::load(b);
+      const auto right = Words::load(b + kLanes);
+      unroll<kTile>([&](auto i) {
+        const auto number = Words::splat(a[i * kRowStride]);
+        sums[i][0] = Words::multiply_add(sums[i][0], number, left);
+        sums[i][1] = Words::multiply_add(sums[i][1], number, right);
+      });
+      a += kStep;
+      b += kPanel;
+    }
   }
   unroll<kTile>([&](auto i) {
     store(c + i * kPanel, add ? load(c + i * kPanel) + sums[i][0] : sums[i][0]);

@@ -37,6 +37,16 @@ std::int64_t teacher_row(const LinearCrossEntropy& problem, std::int64_t n) {
   return problem.teacher_rows == nullptr ? n : problem.teacher_rows[n];
 }
 
+// Columns d ... d + width - 1 of weight rows first ... first + count - 1, as far as they are there.
+void prefetch_weight(const LinearCrossEntropy& problem, std::int64_t first, std::int64_t count, std::int64_t d,
+                     std::int64_t width, Prefetch& prefetch) {
+  const std::int64_t size = size_of(problem.weight.dtype);
+  const std::int64_t rows = smaller(count, problem.vocabulary - first);
+  if (rows <= 0) return;
+  prefetch.add(static_cast<const char*>(row_of(problem.weight, first)) + d * size, rows,
+               smaller(width, problem.hidden_size - d) * size, problem.weight.stride * size);
+}
+
 template <class Words>
 void pack_panel(const Chunk& chunk, int panel, typename Words::Word* out) {
   using Word = typename Words::Word;
@@ -81,9 +91,13 @@ void multiply_block(const Chunk& chunk, std::int64_t first, std::int64_t count, 
           std::memset(row, 0, sizeof(Word) * static_cast<std::size_t>(depth));
         }
       }
+      Prefetch prefetch;
+      const std::int64_t next = v + kTile < padded ? v + kTile : count;
+      prefetch_weight(problem, first + next, kTile, k * Words::kDepth, depth * Words::kDepth, prefetch);
+      prefetch.spread(panels * depth);
       for (std::int64_t panel = 0; panel < panels; ++panel) {
         multiply_tile<Words, kStripStride, 1>(strip, states + (panel * chunk.depth + k) * kPanel, depth, k > 0,
-                                              out + (panel * padded + v) * kPanel);
+                                              out + (panel * padded + v) * kPanel, prefetch);
       }
     }
   }
@@ -175,21 +189,33 @@ void round_to_words(float* values, std::int64_t count) {
 #endif
 
 // Adds to the slice's gradient the weight rows from `first` times their logits' gradient dz, [panels][count][kPanel].
+// `following` are the logits of the next block's `following_count` tokens.
 template <class Words>
-void multiply_gradient(const Chunk& chunk, std::int64_t first, std::int64_t count, const float* dz, void* scratch,
-                       float* gradient) {
+void multiply_gradient(const Chunk& chunk, std::int64_t first, std::int64_t count, const float* dz,
+                       const float* following, std::int64_t following_count, void* scratch, float* gradient) {
   using Word = typename Words::Word;
   const std::int64_t total = round_up(chunk.problem->hidden_size, kTile);
   const std::int64_t depth = (count + Words::kDepth - 1) / Words::kDepth;
+  const std::int64_t panels = chunk.rows / kPanel;
   Word* packed = static_cast<Word*>(scratch);
   for (std::int64_t d = 0; d < total; d += kWidthBlock) {
     const std::int64_t width = smaller(kWidthBlock, total - d);
+    const bool is_last = d + width == total;
     pack_weight(*chunk.problem, first, count, d, width, packed);
-    for (std::int64_t i = 0; i < width; i += kTile) {
-      for (std::int64_t panel = 0; panel < chunk.rows / kPanel; ++panel) {
+    Prefetch prefetch;
+    if (is_last) {
+      prefetch_weight(*chunk.problem, first + count, following_count, 0, kWidthBlock, prefetch);
+      const std::int64_t tokens = round_up(following_count, kTile);
+      prefetch.add(following, following_count > 0 ? 1 : 0, tokens * chunk.rows * std::int64_t{sizeof(float)}, 0);
+    } else {
+      prefetch_weight(*chunk.problem, first, count, d + width, kWidthBlock, prefetch);
+    }
+    prefetch.spread(panels * (width / kTile) * depth);
+    for (std::int64_t panel = 0; panel < panels; ++panel) {
+      for (std::int64_t i = 0; i < width; i += kTile) {
         multiply_tile<Words, 1, kTile>(packed + i / kTile * tile_stride(depth),
                                        reinterpret_cast<const Word*>(dz + panel * count * kPanel), depth, true,
-                                       gradient + (panel * total + d + i) * kPanel);
+                                       gradient + (panel * total + d + i) * kPanel, prefetch);
       }
     }
   }
@@ -279,6 +305,8 @@ void differentiate_slice(const Chunk& chunk, const Slice& slice) {
     const std::int64_t count = smaller(kBlock, slice.end - first);
     const std::int64_t panel_floats = round_up(count, kTile) * kPanel;
     const std::int64_t student_floats = panel_floats * (chunk.rows / kPanel);
+    const float* following = logits + student_floats * (online ? 2 : 1);
+    const std::int64_t following_count = smaller(kBlock, slice.end - first - count);
     for (int panel = 0; panel < chunk.rows / kPanel; ++panel) {
       const float* z = logits + panel * panel_floats;
       differentiate_logits(chunk, panel * kPanel, first, count, z, online ? z + student_floats : nullptr,
@@ -290,11 +318,11 @@ void differentiate_slice(const Chunk& chunk, const Slice& slice) {
 #if defined(__AVX512BF16__)
     if (chunk.pairs) {
       for (int panel = 0; panel < chunk.rows / kPanel; ++panel) round_to_words(dz + panel * count * kPanel, count);
-      multiply_gradient<BFloat16Words>(chunk, first, count, dz, packed, slice.gradient);
+      multiply_gradient<BFloat16Words>(chunk, first, count, dz, following, following_count, packed, slice.gradient);
     } else
 #endif
-      multiply_gradient<FloatWords>(chunk, first, count, dz, packed, slice.gradient);
-    logits += student_floats * (online ? 2 : 1);
+      multiply_gradient<FloatWords>(chunk, first, count, dz, following, following_count, packed, slice.gradient);
+    logits = following;
   }
 }
 
