@@ -70,11 +70,12 @@ class Prefetch {
   }
 
   // To be asked for in the course of `steps` rows of b.
-  void spread(std::int64_t steps) { gap_ = lines_ > 0 && lines_ < steps ? steps / lines_ : lines_ > 0 ? 1 : steps; }
+  void spread(std::int64_t steps) { gap_ = lines_ == 0 ? steps : lines_ < steps ? steps / lines_ : 1; }
 
   // Rows of b between two lines.
   std::int64_t gap() const { return gap_; }
 
+  // Asks for the next one.
   void line() {
     if (at_ == count_) return;
     Region& region = regions_[at_];
@@ -82,8 +83,11 @@ class Prefetch {
     offset_ += kLine;
     if (offset_ < region.row_bytes) return;
     offset_ = 0;
-    region.row += region.stride;
-    if (--region.rows == 0) ++at_;
+    if (--region.rows == 0) {
+      ++at_;
+    } else {
+      region.row += region.stride;
+    }
   }
 
  private:
