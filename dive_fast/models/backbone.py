@@ -55,9 +55,9 @@ def load_backbone(name_or_path: str, *, dtype: torch.dtype | str | None = None, 
 def quick_dtype() -> torch.dtype:
     """bfloat16 where products of it are faster than those of float32, else float32.
 
-    Of processors these are the ones with AMX, and AMD's with AVX512_BF16: of that set, Intel's instruction does in a cycle
-    what float32 does without it. On an Emerald Rapids whose AMX a virtual machine hides, torch 2.13 takes 1.4 to 1.9
-    times as long for a product of 128 rows or more, and a training step 1.7 times.
+    Of processors these are the ones with AMX, and AMD's with AVX512_BF16: of that set, Intel's instruction does in a
+    cycle what float32 does without it. On an Emerald Rapids whose AMX a virtual machine hides, torch 2.13 takes 1.4 to
+    1.9 times as long for a product of 128 rows or more, and a training step 1.7 times.
     """
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
