@@ -37,7 +37,7 @@ def smoke_options(folder: Path) -> list[str]:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     steps = ["training.max_steps=40", "training.per_device_train_batch_size=2", "training.save_steps=40"]
     texts = [f"{part}={{name: json_lines, path: {data}}}" for part in ("data", "test")]
-    sizes = ["seeds=[0, 1]", "teacher.shots=1", "generation.max_new_tokens=16", "evaluation.bootstrap=200"]
+    sizes = ["seeds=[0]", "teacher.shots=1", "generation.max_new_tokens=16", "evaluation.bootstrap=200"]
     return [f"model={model}", "dtype=float32", *texts, *steps, *sizes, "--only", ",".join(SMOKE_SYSTEMS)]
 
 
