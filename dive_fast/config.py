@@ -1,7 +1,7 @@
 """One training run as a YAML file plus `key=value` overrides, checked against the dataclasses that receive the values.
 
     model: smollm2                    # a short name, a hub id or a local path
-    dtype: bfloat16                   # of the weights; left out: the checkpoint's, or bfloat16 where that is quicker
+    dtype: bfloat16                   # of the weights; left out: the checkpoint's, or bfloat16 where that is quick
     data: {name: open_i, split: train}    # a data set, its options, and `limit` to take the first records only
     eval_data: {name: open_i, split: val}
     steering: {r: 16}                 # fields of dive_fast.DiveConfig

@@ -4,7 +4,6 @@ import json
 import logging
 import multiprocessing
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditiona
 from dive_fast.data import generated_films, load_image
 from dive_fast.errors import InputError
 from dive_fast.models import smollm2
-from dive_fast.models.backbone import load_backbone, quick_dtype
+from dive_fast.models.backbone import load_backbone
 from dive_fast.models.smol_llava import build_smol_llava
 from dive_fast.models.smollm2 import is_builtin, load_smollm2
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
@@ -90,23 +89,6 @@ def test_dtype(cache, smol):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     for half, full in zip(model.parameters(), smol[0].parameters(), strict=True):
         assert torch.equal(half.float(), full)
-
-
-@pytest.mark.parametrize(
-    ("brand", "sets", "expected"),
-    [
-        ("AMD EPYC 9655 96-Core Processor", ["avx512f", "avx512_bf16"], torch.bfloat16),
-        ("AMD EPYC 7742 64-Core Processor", ["avx2"], torch.float32),
-        ("Intel(R) Xeon(R) Platinum 8481C", ["avx512f", "avx512_bf16", "amx_bf16"], torch.bfloat16),
-        ("Intel(R) Xeon(R) Processor", ["avx512f", "avx512_bf16"], torch.float32),  # twice the work at half the rate
-        ("", ["neon"], torch.float32),
-    ],
-)
-def test_the_dtype_of_a_float32_checkpoint_is_the_processors_quicker_one(monkeypatch, brand, sets, expected):
-    cpu = SimpleNamespace(brand=lambda: brand, instruction_sets=lambda: sets)
-    monkeypatch.setattr("dive_fast.models.backbone.native.load", lambda: SimpleNamespace(cpu=cpu))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert quick_dtype() is expected
 
 
 @pytest.fixture
