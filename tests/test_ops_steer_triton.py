@@ -13,8 +13,10 @@ import torch
 pytest.importorskip("triton")
 
 from dive_fast.ops.steer import reference, spec
-from dive_fast.ops.steer.triton import steer_backward, steer_forward, steer_fwd_kernel
+from dive_fast.ops.steer.inputs import SteerInputs
+from dive_fast.ops.steer.triton import steer_backward, steer_forward
 from dive_fast.ops.steer.triton_backward import steer_bwd_kernel
+from dive_fast.ops.steer.triton_forward import steer_fwd_kernel
 from dive_fast.ops.steer.triton_parameters import steer_bwd_parameters_kernel
 from dive_fast.ops.steer.triton_parts import blocks_for, parameter_blocks_for
 from tests.triton_resources import SHARED_MEMORY_LIMITS, Request, measure
@@ -83,14 +85,12 @@ def make(case, seed=0):
 
 def ours(residual, update, parameters, mask, norm_weight, flags, upstream, wanted=None):
     """Outputs and gradients by name."""
-    values = list(parameters.values())
-    steered, normalized, pre = steer_forward(residual, update, *values, mask, None, norm_weight, **flags)
+    inputs = SteerInputs(residual, update, *parameters.values(), mask, None, norm_weight, **flags)
+    steered, normalized, pre = steer_forward(inputs)
     names = {name for name, x in parameters.items() if x is not None} | {"residual"}
     names |= {"norm_weight"} if norm_weight is not None else set()
     wanted = frozenset(names if wanted is None else wanted)
-    gradients = steer_backward(
-        *upstream, residual, update, pre, *values, mask, norm_weight, **flags, wanted=wanted
-    )  # fmt: skip
+    gradients = steer_backward(inputs, pre, *upstream, wanted)
     assert gradients.keys() == wanted
     return {"steered": steered} | ({} if norm_weight is None else {"normalized": normalized}) | gradients
 
@@ -179,7 +179,7 @@ def test_the_next_norm_multiplies_in_the_wider_dtype():
     case = spec.Case("", 18, 40, 0, torch.float16, static=False, norm=True)
     residual, update, parameters, mask, norm_weight, flags, _ = make(case)
     for weight in (norm_weight, norm_weight.float() + 1e-3):
-        outputs = steer_forward(residual, update, *parameters.values(), mask, None, weight, **flags)
+        outputs = steer_forward(SteerInputs(residual, update, *parameters.values(), mask, None, weight, **flags))
         expected = reference._rms_norm(outputs[0], weight, flags["norm_eps"], torch.float32)
         # Roundings land on the other side where the two sums of squares differ in the last place.
         assert (outputs[1] != expected).float().mean() < 0.01
@@ -261,8 +261,8 @@ def test_rows_of_a_batch_take_their_own_adapters(option, dtype):
     stack = {n: None if x is None else torch.cat([x, *(other[n] for other in others)]) for n, x in first.items()}
     stack["alpha"] = torch.tensor([0.5, -1.0, 2.0], device=DEVICE)
     index = torch.tensor([0, 2, -1, 1, 1, 0, -1, 2, 2, 1, 0, -1], dtype=torch.int32, device=DEVICE)
-    values = stack.values()
-    steered, normalized, _ = steer_forward(residual, update, *values, mask, index, norm_weight, **flags)
+    inputs = SteerInputs(residual, update, *stack.values(), mask, index, norm_weight, **flags)
+    steered, normalized, _ = steer_forward(inputs)
     h = residual if update is None else residual + update
     assert torch.equal(steered[index < 0], h[index < 0])
     for row, adapter in enumerate(index.tolist()):
@@ -288,16 +288,18 @@ def test_an_untrained_adapter_is_an_exact_no_op(rows, preserve_norm, dtype):
         for name in ("up", "static"):
             parameters[name] = None if parameters[name] is None else torch.zeros_like(parameters[name])
         h = residual + update
-        steered, _, pre = steer_forward(residual, update, *parameters.values(), mask, None, norm_weight, **flags)
+        inputs = SteerInputs(residual, update, *parameters.values(), mask, None, norm_weight, **flags)
+        steered, _, pre = steer_forward(inputs)
         assert torch.equal(steered, h)
         assert (pre is None) == (rank == 0)
-    alone, _, _ = steer_forward(h, None, *[None] * 4, parameters["alpha"], None, None, None, None, None, **flags)
+    nothing = dict.fromkeys(inputs._fields[: len(inputs.tensors)])
+    alone, _, _ = steer_forward(SteerInputs(**nothing | {"residual": h, "alpha": parameters["alpha"]}, **flags))
     assert torch.equal(alone, h) and alone.data_ptr() != h.data_ptr()
 
 
 def test_the_pre_activation_is_saved_in_float32():
     residual, update, parameters, *_ = make(spec.Case("", 18, 40, 20, torch.float16))
-    _, _, pre = steer_forward(residual, update, *parameters.values(), None, None, None, **FLAGS)
+    _, _, pre = steer_forward(SteerInputs(residual, update, *parameters.values(), None, None, None, **FLAGS))
     h = (residual + update).double()
     n = h / (h.square().mean(-1, keepdim=True) + reference.INPUT_RMS_EPS).sqrt()
     truth = n @ parameters["down"][0].double().T + parameters["bias"][0]

@@ -9,6 +9,7 @@ from collections.abc import Set
 import torch
 
 from dive_fast import native
+from dive_fast.ops.steer.inputs import GRADIENTS, SteerInputs
 
 # In the order of the enumerations in csrc/cpu.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,33 +17,11 @@ ACTIVATIONS = ("silu", "identity", "relu", "gelu", "tanh")
 
 
 def steer_forward(
-    residual,
-    update,
-    down,
-    up,
-    bias,
-    static,
-    alpha,
-    gate_direction,
-    gate_offset,
-    mask,
-    adapter_index,
-    norm_weight,
-    *,
-    activation,
-    normalize_input,
-    preserve_norm,
-    norm_eps,
-    isa: str | None = None,
-    threads: int | None = None,
+    inputs: SteerInputs, *, isa: str | None = None, threads: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The formula of `dive_fast.ops.steer` for stacked adapters.
 
     Args:
-        residual, update: [T, D] of any row stride and unit inner stride, float32, bfloat16 or float16.
-        down: [A, R, D]; up: [A, D, R]; bias: [A, R]; static, gate_direction: [A, D]; alpha, gate_offset: [A].
-        mask: bool [T]; False leaves a row as it is, bit for bit.
-        adapter_index: int32 [T]; None takes adapter 0 everywhere, -1 leaves a row as it is.
         isa: the level to run at, one of the extension's `cpu.kernel_levels()`; None takes the best.
         threads: the most to use; None takes as many as torch does.
 
@@ -51,20 +30,13 @@ def steer_forward(
         rows left alone.
     """
     extension = native.load().cpu
-    inputs, kept = _inputs(
-        extension,
-        residual,
-        update,
-        (down, up, bias, static, alpha, gate_direction, gate_offset),
-        (mask, adapter_index, norm_weight),
-        (activation, normalize_input, preserve_norm, norm_eps),
-    )
-    rank = kept[2].shape[1] if kept[2] is not None else 0
+    pointers, kept = _pointers(extension, inputs)
+    residual = inputs.residual
     steered = torch.empty(residual.shape, dtype=residual.dtype)
-    normalized = None if norm_weight is None else torch.empty(residual.shape, dtype=residual.dtype)
-    pre_activation = torch.empty(residual.shape[0], rank) if rank else None
+    normalized = None if inputs.norm_weight is None else torch.empty(residual.shape, dtype=residual.dtype)
+    pre_activation = torch.empty(residual.shape[0], inputs.rank) if inputs.rank else None
     extension.steer_forward(
-        inputs=inputs,
+        inputs=pointers,
         steered=steered.data_ptr(),
         normalized=_address(normalized),
         pre_activation=_address(pre_activation),
@@ -75,34 +47,20 @@ def steer_forward(
 
 
 def steer_backward(
-    grad_steered,
-    grad_normalized,
-    residual,
-    update,
-    pre_activation,
-    down,
-    up,
-    bias,
-    static,
-    alpha,
-    gate_direction,
-    gate_offset,
-    mask,
-    norm_weight,
-    *,
-    activation,
-    normalize_input,
-    preserve_norm,
-    norm_eps,
+    inputs: SteerInputs,
+    pre_activation: torch.Tensor | None,
+    grad_steered: torch.Tensor | None,
+    grad_normalized: torch.Tensor | None,
     wanted: Set[str],
+    *,
     isa: str | None = None,
     threads: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Gradients by name for the names in `wanted`, for one adapter (A = 1).
 
     Args:
-        grad_steered, grad_normalized: [T, D] of residual's dtype; None stands for zeros.
         pre_activation: what the forward pass returned.
+        grad_steered, grad_normalized: [T, D] of residual's dtype; None stands for zeros.
         wanted: among "residual" (which is update's gradient too), "down", "up", "bias", "static", "alpha",
             "gate_direction", "gate_offset" and "norm_weight"; only arguments that were given.
 
@@ -110,32 +68,15 @@ def steer_backward(
         "residual" in its dtype, the others in float32 and the shape of the argument. Equal for every `threads`.
     """
     extension = native.load().cpu
-    arguments = {
-        "down": down,
-        "up": up,
-        "bias": bias,
-        "static": static,
-        "alpha": alpha,
-        "gate_direction": gate_direction,
-        "gate_offset": gate_offset,
-    }
-    inputs, kept = _inputs(
-        extension,
-        residual,
-        update,
-        tuple(arguments.values()),
-        (mask, None, norm_weight),
-        (activation, normalize_input, preserve_norm, norm_eps),
-    )
-    arguments["norm_weight"] = norm_weight
-    gradients = {name: torch.empty(arguments[name].shape) for name in wanted if name != "residual"}
+    pointers, kept = _pointers(extension, inputs)
+    gradients = {name: torch.empty(getattr(inputs, name).shape) for name in wanted if name != "residual"}
     if "residual" in wanted:
-        gradients["residual"] = torch.empty(residual.shape, dtype=residual.dtype)
+        gradients["residual"] = torch.empty(inputs.residual.shape, dtype=inputs.residual.dtype)
     grad_steered, grad_normalized = _unit_inner_stride(grad_steered), _unit_inner_stride(grad_normalized)
-    addresses = {name: _address(gradients.get(name)) for name in ("residual", *arguments)}
+    addresses = {name: _address(gradients.get(name)) for name in GRADIENTS}
     addresses["static_push"] = addresses.pop("static")
     extension.steer_backward(
-        inputs=inputs,
+        inputs=pointers,
         grad_steered=_address(grad_steered),
         grad_steered_stride=0 if grad_steered is None else grad_steered.stride(0),
         grad_normalized=_address(grad_normalized),
@@ -148,20 +89,19 @@ def steer_backward(
     return gradients
 
 
-def _inputs(extension, residual, update, adapter, rows, options):
+def _pointers(extension, inputs):
     """The extension's SteerInputs, and the tensors it points into, which must outlive it."""
-    down, up, bias, static, alpha, gate_direction, gate_offset = (_float32(tensor) for tensor in adapter)
-    if down is not None and down.shape[1] == 0:
-        down = up = bias = None
-    mask, adapter_index, norm_weight = rows
+    residual, update, down, up, bias, static, alpha, direction, offset, mask, index, norm_weight, *options = inputs
     activation, normalize_input, preserve_norm, norm_eps = options
-    weight = _float32(norm_weight)
-    mask = None if mask is None else mask.contiguous()
-    adapter_index = None if adapter_index is None else adapter_index.contiguous()
-    inputs = extension.SteerInputs(
+    weights = (down, up, bias, static, alpha, direction, offset, norm_weight)
+    down, up, bias, static, alpha, direction, offset, weight = (_float32(tensor) for tensor in weights)
+    if inputs.rank == 0:
+        down = up = bias = None
+    mask, index = (tensor if tensor is None else tensor.contiguous() for tensor in (mask, index))
+    pointers = extension.SteerInputs(
         rows=residual.shape[0],
         hidden_size=residual.shape[1],
-        rank=0 if down is None else down.shape[1],
+        rank=inputs.rank,
         adapters=alpha.shape[0],
         dtype=DTYPES.index(residual.dtype),
         residual=residual.data_ptr(),
@@ -173,10 +113,10 @@ def _inputs(extension, residual, update, adapter, rows, options):
         bias=_address(bias),
         static_push=_address(static),
         alpha=_address(alpha),
-        gate_direction=_address(gate_direction),
-        gate_offset=_address(gate_offset),
+        gate_direction=_address(direction),
+        gate_offset=_address(offset),
         mask=_address(mask),
-        adapter_index=_address(adapter_index),
+        adapter_index=_address(index),
         norm_weight=_address(weight),
         # The decoders' norms multiply in the wider dtype of the stream and the weight.
         round_before_norm_weight=norm_weight is not None
@@ -186,8 +126,7 @@ def _inputs(extension, residual, update, adapter, rows, options):
         preserve_norm=preserve_norm,
         norm_eps=norm_eps,
     )
-    kept = (residual, update, down, up, bias, static, alpha, gate_direction, gate_offset, mask, adapter_index, weight)
-    return inputs, kept
+    return pointers, (residual, update, down, up, bias, static, alpha, direction, offset, mask, index, weight)
 
 
 @functools.cache

@@ -21,255 +21,154 @@ x times the gradient of the normalized row equals Z . (z - bias) / rinv, which s
 
 import torch
 import triton
-import triton.language as tl
 
-from dive_fast.ops.steer.triton_backward import steer_backward
-from dive_fast.ops.steer.triton_parts import (
-    EPS,
-    blocks_for,
-    contiguous,
-    moved_piece,
-    norm_ratio,
-    phi,
-    product,
-    stream_piece,
-)
-
-__all__ = ["steer_backward", "steer_forward"]
+from dive_fast.ops.steer.inputs import SteerInputs
+from dive_fast.ops.steer.triton_backward import steer_bwd_kernel
+from dive_fast.ops.steer.triton_forward import steer_fwd_kernel
+from dive_fast.ops.steer.triton_parameters import ALPHA, GATE, over_rows
+from dive_fast.ops.steer.triton_parts import blocks_for
 
 
-@triton.jit(do_not_specialize=["T"])
-def steer_fwd_kernel(
-    residual_ptr,
-    update_ptr,
-    down_ptr,
-    up_ptr,
-    bias_ptr,
-    static_ptr,
-    alpha_ptr,
-    gate_ptr,
-    offset_ptr,
-    mask_ptr,
-    index_ptr,
-    norm_weight_ptr,
-    steered_ptr,
-    normalized_ptr,
-    pre_ptr,
-    T,
-    D,
-    R,
-    norm_eps,
-    stride_rt,
-    stride_ut,
-    stride_da,
-    stride_dr,
-    stride_dd,
-    stride_ua,
-    stride_ud,
-    stride_ur,
-    HAS_UPDATE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_STATIC: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    ROUND_BEFORE_WEIGHT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    NORMALIZE_INPUT: tl.constexpr,
-    PRESERVE_NORM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ONE_PIECE: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    program = tl.program_id(0).to(tl.int64)
-    rows = program * BLOCK_T + tl.arange(0, BLOCK_T)
-    in_rows = rows < T
-    active = in_rows
-    if HAS_MASK:
-        active = active & (tl.load(mask_ptr + rows, mask=in_rows, other=0) != 0)
-    if HAS_INDEX:
-        # The launcher gives one row to a program, so its adapter is one scalar.
-        adapter = tl.load(index_ptr + program).to(tl.int64)
-        active = active & (adapter >= 0)
-        adapter = tl.maximum(adapter, 0)
-        alpha_ptr += adapter
-        if RANK > 0:
-            down_ptr += adapter * stride_da
-            up_ptr += adapter * stride_ua
-        if HAS_BIAS:
-            bias_ptr += adapter * R
-        if HAS_STATIC:
-            static_ptr += adapter * D
-        if HAS_GATE:
-            gate_ptr += adapter * D
-            offset_ptr += adapter
-    piece = tl.arange(0, BLOCK_D)
-    ranks = tl.arange(0, RANK if RANK > 0 else 1)
-    if ONE_PIECE:
-        inside = in_rows[:, None] & (piece < D)[None, :]
-        h = stream_piece(residual_ptr, update_ptr, rows, piece, stride_rt, stride_ut, inside, HAS_UPDATE)
-
-    squares = tl.zeros([BLOCK_T], tl.float32)
-    logit = tl.zeros([BLOCK_T], tl.float32)
-    z = tl.zeros([BLOCK_T, RANK if RANK > 0 else 1], tl.float32)
-    if RANK > 0 or HAS_GATE or PRESERVE_NORM:
-        # A block without a steered row needs none of these sums.
-        for start in range(0, tl.max(active.to(tl.int32)) * D, BLOCK_D):
-            cols = start + piece
-            in_cols = cols < D
-            if not ONE_PIECE:
-                inside = in_rows[:, None] & in_cols[None, :]
-                h = stream_piece(residual_ptr, update_ptr, rows, cols, stride_rt, stride_ut, inside, HAS_UPDATE)
-            x = tl.where(active[:, None], h.to(tl.float32), 0.0)
-            squares += tl.sum(x * x, axis=1)
-            if HAS_GATE:
-                logit += tl.sum(x * tl.load(gate_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :], axis=1)
-            if RANK > 0:
-                down_at = down_ptr + ranks.to(tl.int64)[:, None] * stride_dr + cols.to(tl.int64)[None, :] * stride_dd
-                down = tl.load(down_at, mask=(ranks < R)[:, None] & in_cols[None, :], other=0.0)
-                z += product(x, down.to(tl.float32), PRECISION)
-
-    if RANK > 0:
-        if NORMALIZE_INPUT:
-            z *= tl.rsqrt(squares / D + EPS)[:, None]
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + ranks, mask=ranks < R, other=0.0).to(tl.float32)[None, :]
-        tl.store(pre_ptr + rows[:, None] * R + ranks[None, :], z, mask=in_rows[:, None] & (ranks < R)[None, :])
-        if RANK > BLOCK_R:
-            tl.debug_barrier()
-    a = phi(z, ACTIVATION)
-    scale = tl.zeros([BLOCK_T], tl.float32) + tl.load(alpha_ptr)
-    if HAS_GATE:
-        scale *= tl.sigmoid(logit + tl.load(offset_ptr).to(tl.float32))
-    if ONE_PIECE:
-        x, push, m = moved_piece(
-            h, a, pre_ptr, up_ptr, static_ptr, scale, rows, piece, in_rows, active, D, R, stride_ud, stride_ur,
-            HAS_STATIC, ACTIVATION, RANK, BLOCK_R, PRECISION,
-        )  # fmt: skip
-
-    ratio = tl.full([BLOCK_T], 1.0, tl.float32)
-    if PRESERVE_NORM:
-        moved_squares = tl.zeros([BLOCK_T], tl.float32)
-        changed = tl.zeros([BLOCK_T], tl.int32)
-        for start in range(0, D, BLOCK_D):
-            if not ONE_PIECE:
-                cols = start + piece
-                inside = in_rows[:, None] & (cols < D)[None, :]
-                h = stream_piece(residual_ptr, update_ptr, rows, cols, stride_rt, stride_ut, inside, HAS_UPDATE)
-                x, push, m = moved_piece(
-                    h, a, pre_ptr, up_ptr, static_ptr, scale, rows, cols, in_rows, active, D, R, stride_ud, stride_ur,
-                    HAS_STATIC, ACTIVATION, RANK, BLOCK_R, PRECISION,
-                )  # fmt: skip
-            moved_squares += tl.sum(m * m, axis=1)
-            changed += tl.sum((m != x).to(tl.int32), axis=1)
-        ratio = norm_ratio(squares, moved_squares, changed)
-
-    steered_squares = tl.zeros([BLOCK_T], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        cols = start + piece
-        inside = in_rows[:, None] & (cols < D)[None, :]
-        if not ONE_PIECE:
-            h = stream_piece(residual_ptr, update_ptr, rows, cols, stride_rt, stride_ut, inside, HAS_UPDATE)
-            x, push, m = moved_piece(
-                h, a, pre_ptr, up_ptr, static_ptr, scale, rows, cols, in_rows, active, D, R, stride_ud, stride_ur,
-                HAS_STATIC, ACTIVATION, RANK, BLOCK_R, PRECISION,
-            )  # fmt: skip
-        steered = tl.where(active[:, None], (m * ratio[:, None]).to(h.dtype), h)
-        tl.store(steered_ptr + rows[:, None] * D + cols[None, :], steered, mask=inside)
-        if HAS_NORM:
-            y = steered.to(tl.float32)
-            steered_squares += tl.sum(y * y, axis=1)
-
-    if HAS_NORM:
-        rms = tl.rsqrt(steered_squares / D + norm_eps)
-        tl.debug_barrier()
-        for start in range(0, D, BLOCK_D):
-            cols = start + piece
-            inside = in_rows[:, None] & (cols < D)[None, :]
-            y = tl.load(steered_ptr + rows[:, None] * D + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-            weight = tl.load(norm_weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
-            y *= rms[:, None]
-            if ROUND_BEFORE_WEIGHT:
-                y = y.to(normalized_ptr.dtype.element_ty).to(tl.float32)
-            out = (weight[None, :] * y).to(normalized_ptr.dtype.element_ty)
-            tl.store(normalized_ptr + rows[:, None] * D + cols[None, :], out, mask=inside)
-
-
-def steer_forward(
-    residual,
-    update,
-    down,
-    up,
-    bias,
-    static,
-    alpha,
-    gate_direction,
-    gate_offset,
-    mask,
-    adapter_index,
-    norm_weight,
-    *,
-    activation,
-    normalize_input,
-    preserve_norm,
-    norm_eps,
-):
-    """h' [T, D], its RMSNorm [T, D] or None, and the pre-activation z [T, R] in float32 or None.
-
-    The adapter's tensors are stacks: down [A, R, D], up [A, D, R], bias [A, R], static, gate_direction [A, D], alpha,
-    gate_offset [A]. `adapter_index` [T] picks one a row, -1 none; without it every row takes the first.
-    """
+def steer_forward(inputs: SteerInputs):
+    """h' [T, D], its RMSNorm [T, D] or None, and the pre-activation z [T, R] in float32 or None."""
+    inputs = inputs.for_kernels()
+    residual, update, down, up, norm_weight = inputs.residual, inputs.update, inputs.down, inputs.up, inputs.norm_weight
     rows, hidden_size = residual.shape
-    rank = 0 if down is None else down.shape[1]
+    rank = inputs.rank
     steered = torch.empty(rows, hidden_size, dtype=residual.dtype, device=residual.device)
     normalized = None if norm_weight is None else torch.empty_like(steered)
     pre_activation = torch.empty(rows, rank, dtype=torch.float32, device=residual.device) if rank else None
     if rows == 0:
         return steered, normalized, pre_activation
-    blocks = blocks_for(rows, hidden_size, rank, residual.dtype, mixed=adapter_index is not None)
-    vectors = [contiguous(x) for x in (bias, static, alpha, gate_direction, gate_offset, mask, adapter_index)]
-    bias, static, alpha, gate_direction, gate_offset, mask, adapter_index = vectors
-    rounds = norm_weight is not None and norm_weight.dtype == residual.dtype
+    blocks = blocks_for(rows, hidden_size, rank, residual.dtype, mixed=inputs.adapter_index is not None)
     with torch.cuda.device_of(residual):
         steer_fwd_kernel[(triton.cdiv(rows, blocks.BLOCK_T),)](
-            residual,
-            update,
-            down if rank else None,
-            up if rank else None,
-            bias if rank else None,
-            static,
-            alpha,
-            gate_direction,
-            gate_offset,
-            mask,
-            adapter_index,
-            contiguous(norm_weight),
+            *inputs.tensors,
             steered,
             normalized,
             pre_activation,
             rows,
             hidden_size,
             rank,
-            norm_eps,
+            inputs.norm_eps,
             residual.stride(0),
             0 if update is None else update.stride(0),
             *(down.stride() if rank else (0, 0, 0)),
             *(up.stride() if rank else (0, 0, 0)),
             HAS_UPDATE=update is not None,
-            HAS_BIAS=bool(rank) and bias is not None,
-            HAS_STATIC=static is not None,
-            HAS_GATE=gate_direction is not None,
-            HAS_MASK=mask is not None,
-            HAS_INDEX=adapter_index is not None,
+            HAS_BIAS=inputs.bias is not None,
+            HAS_STATIC=inputs.static is not None,
+            HAS_GATE=inputs.gate_direction is not None,
+            HAS_MASK=inputs.mask is not None,
+            HAS_INDEX=inputs.adapter_index is not None,
             HAS_NORM=norm_weight is not None,
-            ROUND_BEFORE_WEIGHT=rounds,
-            ACTIVATION=activation,
-            NORMALIZE_INPUT=normalize_input,
-            PRESERVE_NORM=preserve_norm,
+            ROUND_BEFORE_WEIGHT=norm_weight is not None and norm_weight.dtype == residual.dtype,
+            ACTIVATION=inputs.activation,
+            NORMALIZE_INPUT=inputs.normalize_input,
+            PRESERVE_NORM=inputs.preserve_norm,
             **blocks._asdict(),
         )
     return steered, normalized, pre_activation
+
+
+def steer_backward(inputs: SteerInputs, pre_activation, grad_steered, grad_normalized, wanted):
+    """Gradients by name, in the shapes of the (stacks of one) inputs: parameters in float32, "residual" in its dtype.
+
+    Args:
+        pre_activation: what the forward pass returned.
+        grad_steered, grad_normalized: [T, D]; either may be None.
+        wanted: names among residual (update's is the same), down, up, bias, static, alpha, gate_direction,
+            gate_offset, norm_weight. What is not named is not computed.
+    """
+    rows, hidden_size = inputs.residual.shape
+    if rows == 0 or (grad_steered is None and grad_normalized is None):
+        zeros = {name: torch.zeros_like(getattr(inputs, name), dtype=torch.float32) for name in wanted - {"residual"}}
+        return zeros | ({"residual": torch.zeros_like(inputs.residual)} if "residual" in wanted else {})
+    inputs = inputs.for_kernels()
+    residual, update, down, up, rank = inputs.residual, inputs.update, inputs.down, inputs.up, inputs.rank
+    has_norm = grad_normalized is not None
+    # An expanded upstream gradient (that of a sum) has no unit inner stride.
+    grad_steered, grad_normalized = (
+        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (grad_steered, grad_normalized)
+    )
+    needs_moved = has_norm or inputs.preserve_norm
+
+    def scratch(*shape, when=True):
+        return torch.empty(shape, dtype=torch.float32, device=residual.device) if when else None
+
+    grad_residual = torch.empty_like(residual, memory_format=torch.contiguous_format) if "residual" in wanted else None
+    # Where neither norm comes after the push, the gradient of m is grad_steered as it stands.
+    grad_moved = scratch(rows, hidden_size, when=needs_moved)
+    want_pre = bool(rank) and not wanted.isdisjoint({"residual", "down", "bias"})
+    grad_pre = scratch(rows, rank, when=want_pre)
+    # Decoders are frozen, so hardly anyone asks for this one: a [T, D] product and its sum, not a kernel of its own.
+    grad_weighted = scratch(rows, hidden_size, when=has_norm and "norm_weight" in wanted)
+    row_values = scratch(4, rows)
+    blocks = blocks_for(rows, hidden_size, rank, residual.dtype, backward=True)
+    with torch.cuda.device_of(residual):
+        steer_bwd_kernel[(triton.cdiv(rows, blocks.BLOCK_T),)](
+            grad_steered,
+            grad_normalized,
+            residual,
+            update,
+            pre_activation,
+            down,
+            up,
+            inputs.bias,
+            inputs.static,
+            inputs.alpha,
+            inputs.gate_direction,
+            inputs.gate_offset,
+            inputs.mask,
+            inputs.norm_weight,
+            grad_residual,
+            grad_moved,
+            grad_pre,
+            grad_weighted,
+            row_values,
+            rows,
+            hidden_size,
+            rank,
+            inputs.norm_eps,
+            0 if grad_steered is None else grad_steered.stride(0),
+            grad_normalized.stride(0) if has_norm else 0,
+            residual.stride(0),
+            0 if update is None else update.stride(0),
+            *(down.stride()[1:] if rank else (0, 0)),
+            *(up.stride()[1:] if rank else (0, 0)),
+            HAS_GRAD_STEERED=grad_steered is not None,
+            HAS_UPDATE=update is not None,
+            HAS_BIAS=inputs.bias is not None,
+            HAS_STATIC=inputs.static is not None,
+            HAS_GATE=inputs.gate_direction is not None,
+            HAS_MASK=inputs.mask is not None,
+            HAS_NORM=has_norm,
+            ACTIVATION=inputs.activation,
+            NORMALIZE_INPUT=inputs.normalize_input,
+            PRESERVE_NORM=inputs.preserve_norm,
+            WANT_RESIDUAL="residual" in wanted,
+            WANT_PRE=want_pre,
+            WANT_SCALE=_wants_scale(wanted, inputs.gate_direction),
+            WANT_WEIGHT=grad_weighted is not None,
+            **blocks._asdict(),
+        )
+        moved = grad_moved if needs_moved else grad_steered
+        gradients = over_rows(inputs, pre_activation, moved, grad_pre, row_values, wanted)
+    if "residual" in wanted:
+        gradients["residual"] = grad_residual
+    if "bias" in wanted:
+        gradients["bias"] = grad_pre.sum(0, keepdim=True) if rank else scratch(1, 0)
+    if "alpha" in wanted:
+        gradients["alpha"] = row_values[ALPHA.value].sum(0, keepdim=True)
+    if "gate_offset" in wanted:
+        gradients["gate_offset"] = row_values[GATE.value].sum(0, keepdim=True)
+    if "norm_weight" in wanted:
+        zeros = torch.zeros_like(inputs.norm_weight, dtype=torch.float32)
+        gradients["norm_weight"] = grad_weighted.sum(0) if has_norm else zeros
+    return gradients
+
+
+def _wants_scale(wanted, gate_direction) -> bool:
+    if gate_direction is None:
+        return "alpha" in wanted
+    return not wanted.isdisjoint({"alpha", "gate_direction", "gate_offset", "residual"})

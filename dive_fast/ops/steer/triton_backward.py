@@ -4,15 +4,12 @@ T rows, D hidden size, R adapter rank. `steer_bwd_kernel` gives the stream's gra
 gradients need; triton_parameters.py sums it over rows. The formulas are those of triton.py.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from dive_fast.ops.steer.triton_parameters import ALPHA, GATE, INPUT_RMS, SCALE, over_rows
+from dive_fast.ops.steer.triton_parameters import ALPHA, GATE, INPUT_RMS, SCALE
 from dive_fast.ops.steer.triton_parts import (
     EPS,
-    blocks_for,
-    contiguous,
     expand,
     moved_piece,
     norm_ratio,
@@ -295,141 +292,3 @@ def steer_bwd_kernel(
                 gradient += along_x[:, None] * tl.where(active[:, None], h.to(tl.float32), 0.0)
             out = gradient.to(grad_residual_ptr.dtype.element_ty)
             tl.store(grad_residual_ptr + rows[:, None] * D + cols[None, :], out, mask=inside)
-
-
-def steer_backward(
-    grad_steered,
-    grad_normalized,
-    residual,
-    update,
-    pre_activation,
-    down,
-    up,
-    bias,
-    static,
-    alpha,
-    gate_direction,
-    gate_offset,
-    mask,
-    norm_weight,
-    *,
-    activation,
-    normalize_input,
-    preserve_norm,
-    norm_eps,
-    wanted,
-):
-    """Gradients by name, in the shapes of the (stacks of one) inputs: parameters in float32, "residual" in its dtype.
-
-    Args:
-        grad_steered, grad_normalized: [T, D]; either may be None.
-        wanted: names among residual (update's is the same), down, up, bias, static, alpha, gate_direction,
-            gate_offset, norm_weight. What is not named is not computed.
-    """
-    rows, hidden_size = residual.shape
-    rank = 0 if down is None else down.shape[1]
-    parameters = {
-        "down": down, "up": up, "bias": bias, "static": static, "alpha": alpha,
-        "gate_direction": gate_direction, "gate_offset": gate_offset, "norm_weight": norm_weight,
-    }  # fmt: skip
-    if rows == 0 or (grad_steered is None and grad_normalized is None):
-        zeros = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in wanted - {"residual"}}
-        return zeros | ({"residual": torch.zeros_like(residual)} if "residual" in wanted else {})
-    has_norm = grad_normalized is not None
-    mask, bias, static, alpha, gate_direction, gate_offset, norm_weight = map(
-        contiguous, (mask, bias, static, alpha, gate_direction, gate_offset, norm_weight)
-    )
-    # An expanded upstream gradient (that of a sum) has no unit inner stride.
-    grad_steered, grad_normalized = (
-        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (grad_steered, grad_normalized)
-    )
-    needs_moved = has_norm or preserve_norm
-
-    def scratch(*shape, when=True):
-        return torch.empty(shape, dtype=torch.float32, device=residual.device) if when else None
-
-    grad_residual = torch.empty_like(residual, memory_format=torch.contiguous_format) if "residual" in wanted else None
-    # Where neither norm comes after the push, the gradient of m is grad_steered as it stands.
-    grad_moved = scratch(rows, hidden_size, when=needs_moved)
-    want_pre = bool(rank) and not wanted.isdisjoint({"residual", "down", "bias"})
-    grad_pre = scratch(rows, rank, when=want_pre)
-    # Decoders are frozen, so hardly anyone asks for this one: a [T, D] product and its sum, not a kernel of its own.
-    grad_weighted = scratch(rows, hidden_size, when=has_norm and "norm_weight" in wanted)
-    row_values = scratch(4, rows)
-    blocks = blocks_for(rows, hidden_size, rank, residual.dtype, backward=True)
-    with torch.cuda.device_of(residual):
-        steer_bwd_kernel[(triton.cdiv(rows, blocks.BLOCK_T),)](
-            grad_steered,
-            grad_normalized,
-            residual,
-            update,
-            pre_activation,
-            down if rank else None,
-            up if rank else None,
-            bias if rank else None,
-            static,
-            alpha,
-            gate_direction,
-            gate_offset,
-            mask,
-            norm_weight,
-            grad_residual,
-            grad_moved,
-            grad_pre,
-            grad_weighted,
-            row_values,
-            rows,
-            hidden_size,
-            rank,
-            norm_eps,
-            0 if grad_steered is None else grad_steered.stride(0),
-            grad_normalized.stride(0) if has_norm else 0,
-            residual.stride(0),
-            0 if update is None else update.stride(0),
-            *(down.stride()[1:] if rank else (0, 0)),
-            *(up.stride()[1:] if rank else (0, 0)),
-            HAS_GRAD_STEERED=grad_steered is not None,
-            HAS_UPDATE=update is not None,
-            HAS_BIAS=bool(rank) and bias is not None,
-            HAS_STATIC=static is not None,
-            HAS_GATE=gate_direction is not None,
-            HAS_MASK=mask is not None,
-            HAS_NORM=has_norm,
-            ACTIVATION=activation,
-            NORMALIZE_INPUT=normalize_input,
-            PRESERVE_NORM=preserve_norm,
-            WANT_RESIDUAL="residual" in wanted,
-            WANT_PRE=want_pre,
-            WANT_SCALE=_wants_scale(wanted, gate_direction),
-            WANT_WEIGHT=grad_weighted is not None,
-            **blocks._asdict(),
-        )
-        gradients = over_rows(
-            grad_moved if needs_moved else grad_steered,
-            residual,
-            update,
-            pre_activation,
-            grad_pre,
-            row_values,
-            mask,
-            activation,
-            wanted & {name for name, x in parameters.items() if x is not None},
-        )
-    if "residual" in wanted:
-        gradients["residual"] = grad_residual
-    if "bias" in wanted:
-        gradients["bias"] = torch.zeros_like(bias, dtype=torch.float32) if not rank else grad_pre.sum(0, keepdim=True)
-    if "alpha" in wanted:
-        gradients["alpha"] = row_values[ALPHA.value].sum(0, keepdim=True)
-    if "gate_offset" in wanted:
-        gradients["gate_offset"] = row_values[GATE.value].sum(0, keepdim=True)
-    if "norm_weight" in wanted:
-        zeros = torch.zeros_like(norm_weight, dtype=torch.float32)
-        gradients["norm_weight"] = grad_weighted.sum(0) if has_norm else zeros
-    return gradients
-
-
-def _wants_scale(wanted, gate_direction) -> bool:
-    if gate_direction is None:
-        return "alpha" in wanted
-    return not wanted.isdisjoint({"alpha", "gate_direction", "gate_offset", "residual"})

@@ -99,14 +99,14 @@ def steer_bwd_parameters_kernel(
         tl.store(gate_ptr + split * D + columns, gate, mask=alone)
 
 
-def over_rows(grad_moved, residual, update, pre_activation, grad_pre, row_values, mask, activation, wanted):
+def over_rows(inputs, pre_activation, grad_moved, grad_pre, row_values, wanted):
     """down, up, static and gate_direction where wanted: partial sums a program, added in a fixed order.
 
     Our own product and not cuBLAS's: that would need x and M in float32 in memory, masked rows (which may hold NaN)
     cleared, [T, D] each; here they are formed from what is stored.
     """
+    residual, update, rank = inputs.residual, inputs.update, inputs.rank
     rows, hidden_size = residual.shape
-    rank = 0 if pre_activation is None else pre_activation.shape[1]
     shapes = {
         "up": (1, hidden_size, rank), "down": (1, rank, hidden_size),
         "static": (1, hidden_size), "gate_direction": (1, hidden_size),
@@ -127,7 +127,7 @@ def over_rows(grad_moved, residual, update, pre_activation, grad_pre, row_values
         pre_activation,
         grad_pre,
         row_values,
-        mask,
+        inputs.mask,
         partial.get("up"),
         partial.get("down"),
         partial.get("static"),
@@ -140,8 +140,8 @@ def over_rows(grad_moved, residual, update, pre_activation, grad_pre, row_values
         residual.stride(0),
         0 if update is None else update.stride(0),
         HAS_UPDATE=update is not None,
-        HAS_MASK=mask is not None,
-        ACTIVATION=activation,
+        HAS_MASK=inputs.mask is not None,
+        ACTIVATION=inputs.activation,
         WANT_UP="up" in wanted and rank > 0,
         WANT_DOWN="down" in wanted and rank > 0,
         WANT_STATIC="static" in wanted,

@@ -98,10 +98,6 @@ def parameter_blocks_for(rows: int, hidden_size: int, rank: int, dtype: torch.dt
     return ParameterBlocks(block_t, block_d, block_r, precision, triton.cdiv(rows, split_rows), split_rows, 8, 2)
 
 
-def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 @triton.jit
 def phi(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
