@@ -12,7 +12,7 @@ from rich.console import Console
 from dive_fast.errors import InputError
 from dive_fast.report import result_table, write_report
 from dive_fast.report_assets import charts
-from dive_fast.report_assets.numbers import COLUMNS, count, finding, measure, seconds
+from dive_fast.report_assets.numbers import COLUMNS, count, finding, measure, moment, seconds
 from tests.report_example import REFERENCES, example_result, history, system
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -317,6 +317,19 @@ def test_intervals_lie_where_their_axis_says():
     assert left == pytest.approx(100 * 0.9 / 16.8, abs=0.01)
     assert width == pytest.approx(100 * 15 / 16.8, abs=0.01)
     assert dot == pytest.approx(100 * 5.9 / 16.8, abs=0.01)
+
+
+def test_an_axis_names_its_unit_once():
+    style = charts.Style("c-0", "disc", "")
+    points = [charts.Point("a", style, 0.4, None, "40 %"), charts.Point("b", style, 2.2, None, "220 %")]
+    panel = charts.interval_panel("T", "", points, percent=True, unbounded=True)
+    assert re.findall(r'left:[\d.]+%">([^<]*)</span>', panel) == ["50", "100", "200 %"]
+
+
+def test_times_are_written_for_people():
+    assert moment("2026-11-30T06:03:59+00:00") == "2026-11-30 06:03 UTC"
+    assert moment("2026-11-30T01:03:59-05:00") == "2026-11-30 06:03 UTC"
+    assert moment("a Monday") == "a Monday" and moment("2026-01-15 10:30") == "2026-01-15 10:30"
 
 
 def test_systems_differ_by_more_than_colour():

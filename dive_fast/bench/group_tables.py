@@ -297,15 +297,21 @@ def _signed(seconds: float) -> str:
     return f"−{duration(-seconds)}" if seconds < 0 else duration(max(seconds, 1e-12))
 
 
-def target_table(verdicts: Sequence[Verdict]) -> Table:
-    """Every target and what became of it."""
-    rows = []
+def target_tables(verdicts: Sequence[Verdict]) -> list[Table]:
+    """What became of every target: those that were measured, and those that were not."""
+    found, missing = [], []
     for v in verdicts:
+        if v.figure is None or v.record is None:
+            missing.append([v.target.what, v.target.bound])
+            continue
         status = v.status if v.clear else f"{v.status}, the interval crosses it"
-        figure = NONE if v.figure is None else f"{spread(v.figure, digits)}{v.target.unit}"
-        device = NONE if v.record is None else v.record.machine.get("gpu") or v.record.machine.get("processor", NONE)
-        rows.append([v.target.what, v.target.bound, status, figure, device])
-    return Table("Targets", ["target", "bound", "", "found (95 % interval)", "on"], rows)
+        device = v.record.machine.get("gpu") or v.record.machine.get("processor", NONE)
+        found.append([v.target.what, status, device, v.target.bound, f"{spread(v.figure, digits)}{v.target.unit}"])
+    tables = [
+        Table("Measured", ["target", "result", "on", "bound", "found (95 % interval)"], found, words=3),
+        Table("Not measured", ["target", "bound"], missing),
+    ]
+    return [table for table in tables if table.rows]
 
 
 def noise_note(records: Sequence[Record]) -> str:

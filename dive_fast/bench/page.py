@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from dive_fast.bench.chapters import CHAPTERS
 from dive_fast.bench.drawing import machine_text, save, style
-from dive_fast.bench.group_tables import fit_table, group_table, left_out, noise_note, target_table
+from dive_fast.bench.group_tables import fit_table, group_table, left_out, noise_note, target_tables
 from dive_fast.bench.results import Record, Results, newest
 from dive_fast.bench.table import Table, html, markdown
 from dive_fast.bench.targets import judge
@@ -78,7 +78,9 @@ def _sources(results: Sequence[Results]) -> list[str]:
 
 def _markdown(results: Sequence[Results], records: Sequence[Record], chapters: Sequence[Made]) -> str:
     parts = [f"# {TITLE}", "\n".join(f"- {line}" for line in _sources(results)), noise_note(records)]
-    parts += ["## Targets", markdown(target_table(judge(records)))]
+    parts.append("## Targets")
+    for table in target_tables(judge(records)):
+        parts += [f"### {table.title}", markdown(table)]
     for chapter in chapters:
         parts += [f"## {chapter.heading}", chapter.lead]
         for plot in chapter.plots:
@@ -98,7 +100,7 @@ def _html(results: Sequence[Results], records: Sequence[Record], chapters: Seque
         f'<p class="finding">Of {len(verdicts)} targets: {counts}.</p><ul class="facts">{sources}</ul>'
         f'<p class="facts">{escape(noise_note(records))}</p></header>'
     )
-    parts = [head, section("targets", "Targets", html(target_table(verdicts)))]
+    parts = [head, section("targets", "Targets", "".join(map(_folded, target_tables(verdicts))))]
     for chapter in chapters:
         body = "".join(map(_figure, chapter.plots)) + "".join(map(_folded, chapter.tables))
         parts.append(section(chapter.name, escape(chapter.heading), body, escape(chapter.lead)))
@@ -121,7 +123,7 @@ def _figure(plot: Plot) -> str:
     data = base64.b64encode(plot.path.read_bytes()).decode()
     return (
         f'<figure class="panel drawing"><img alt="{escape(plot.caption)}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{escape(plot.caption)} <small>{escape(plot.machine)}</small></figcaption></figure>"
+        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
     )
 
 

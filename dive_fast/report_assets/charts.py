@@ -97,7 +97,8 @@ def interval_panel(
     marks = log_ticks(low, high) if log else ticks(low, high, 4)
     grid = "".join(f'<i class="grid" style="left:{place(mark):.2f}%"></i>' for mark in marks)
     rows = "".join(_interval_row(point, grid, place) for point in points)
-    names = [f"{number(100 * mark)} %" if percent else number(mark) for mark in marks]
+    names = [number(100 * mark if percent else mark) for mark in marks]
+    names[-1] += " %" if percent else ""  # once: with a sign each, the labels run into each other
     axis = "".join(f'<span style="left:{place(m):.2f}%">{name}</span>' for m, name in zip(marks, names, strict=True))
     summary = f"{title}: " + "; ".join(f"{point.label} {point.text}" for point in points)
     return (

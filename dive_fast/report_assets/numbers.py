@@ -1,5 +1,6 @@
 """The numbers of a result as people read them: which columns there are, how a value is written, what the finding is."""
 
+import datetime
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -235,3 +236,12 @@ def best_value(systems: Sequence[Mapping], column: Column) -> float | None:
     if len(values) < 2:
         return None
     return min(values) if column.lower_is_better else max(values)
+
+
+def moment(text: str) -> str:
+    """A time as people read it, "2026-11-30 06:03 UTC" from ISO 8601 with an offset; other texts as they are."""
+    try:
+        time = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    return f"{time.astimezone(datetime.UTC):%Y-%m-%d %H:%M} UTC" if time.tzinfo else text

@@ -13,6 +13,7 @@ from dive_fast.report_assets.numbers import (
     difference,
     label_of,
     measure,
+    moment,
     present_columns,
     seconds,
     show,
@@ -40,7 +41,7 @@ def summary(result: Mapping, finding: str) -> str:
     if result.get("protocol"):
         facts.append(f"scores by the {escape(str(result['protocol']))} protocol")
     if result.get("created"):
-        facts.append(escape(str(result["created"])))
+        facts.append(escape(moment(str(result["created"]))))
     title = escape(str(result.get("title") or "Steering report"))
     return (
         f'<header><p class="eyebrow">dive_fast · steering report</p><h1>{title}</h1>'
