@@ -4,6 +4,8 @@ import os
 
 # Before the first import of huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Where pytest-xdist runs the tests, a pytest that a test starts is none of its workers, which would not measure.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 import random  # noqa: E402
 import shutil  # noqa: E402
