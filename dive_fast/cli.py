@@ -326,6 +326,9 @@ def _demo(commands) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of each adapter")
     parser.add_argument("--eval-reports", type=int, metavar="N", help="held-out reports to score")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of data order and weights (default 0)")
+    parser.add_argument(
+        "--dtype", help="of the weights: float32, bfloat16 or float16; default: bfloat16 where the hardware has it"
+    )
 
 
 def _report(commands) -> None:

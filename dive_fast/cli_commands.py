@@ -403,7 +403,8 @@ def demo(args: Namespace) -> int:
     """The comparison on real reports."""
     from dive_fast.demo import main
 
-    return main(args.output, quick=args.quick, steps=args.steps, eval_reports=args.eval_reports, seed=args.seed)
+    options = ("quick", "steps", "eval_reports", "seed", "dtype")
+    return main(args.output, **{name: getattr(args, name) for name in options})
 
 
 def report(args: Namespace) -> int:

@@ -106,6 +106,7 @@ def main(
     steps: int | None = None,
     eval_reports: int | None = None,
     seed: int = 0,
+    dtype: str | None = None,
 ) -> int:
     """Run the demo; writes adapters, predictions, `result.json` and `report.html` into `output`.
 
@@ -115,9 +116,11 @@ def main(
         quick: a run of about two minutes that shows the path, not the quality.
         steps: training steps of 8 reports, for each adapter.
         eval_reports: held-out reports to score.
+        dtype: of the frozen weights, float32, bfloat16 or float16; None takes what `load_backbone` does.
 
     Raises:
-        InputError: a number below 1; the model or the reports are not installed; `output` holds another run.
+        InputError: a number below 1; an unknown dtype; the model or the reports are not installed; `output` holds
+            another run.
     """
     usual_steps, usual_reports = (6, 8) if quick else (STEPS, EVAL_REPORTS)
     budget = Budget(
@@ -131,7 +134,8 @@ def main(
     console = Console()
     start = time.perf_counter()
     with _step(console, "Loading SmolLM2-135M-Instruct (frozen) and the Open-i reports"):
-        task = _load(budget)
+        task = _load(budget, dtype)
+    _claim(output, dataclasses.asdict(budget) | {"dtype": _dtype_name(task)})
     _describe(console, task, budget)
     systems = [
         _score(console, task, output, "zero-shot", "Zero-shot", "baseline", "the frozen model, prompt only"),
@@ -159,7 +163,7 @@ def main(
         }
         systems.append(entry)
         result.model.unload()
-    summary = _summary(task, budget, output, systems, quick)
+    summary = _summary(task, budget, output, systems, quick, dtype)
     summary["run"]["teacher_seconds"] = teacher_seconds
     seconds_total = time.perf_counter() - start
     if from_scratch:
@@ -172,10 +176,10 @@ def main(
     return 0
 
 
-def _load(budget: Budget) -> Task:
+def _load(budget: Budget, dtype: str | None) -> Task:
     train_records = load_data("open_i", split="train")
     test = load_data("open_i", split="test")
-    model, processor = load_backbone("smollm2")
+    model, processor = load_backbone("smollm2", dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     encoder = ReportEncoder(processor, context_length=text_config_of(model).max_position_embeddings)
     rng = random.Random(budget.seed)
@@ -185,13 +189,33 @@ def _load(budget: Budget) -> Task:
     return Task(model, processor, encoder, seen, held_out, pool)
 
 
+def _dtype_name(task: Task) -> str:
+    return str(task.model.dtype).removeprefix("torch.")
+
+
+def _claim(output: Path, settings: dict) -> None:
+    """Note what the folder's adapters are trained with; refuses a folder whose adapters were trained otherwise."""
+    file = output / "run.json"
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [
+            f"{name}: {before.get(name)} there, {now} now" for name, now in settings.items() if before.get(name) != now
+        ]
+        if changed:
+            raise InputError(
+                f"output: {output} holds another run ({', '.join(changed)}); give its settings or another folder"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_json(file, settings)
+
+
 def _describe(console: Console, task: Task, budget: Budget) -> None:
     unseen = sum(bool(record.meta.get("unseen_text")) for record in task.held_out)
     console.print(
         f"  Task: tags and indication in, findings out. {len(task.train)} of {len(task.pool.pool)} training reports, "
         f"in {budget.steps} steps of {BATCH_SIZE} for each adapter.\n  {len(task.held_out)} held-out reports; the "
         f"texts of {unseen} of them do not occur in training. The backbone stays frozen "
-        f"({str(task.model.dtype).removeprefix('torch.')})."
+        f"({_dtype_name(task)})."
     )
 
 
@@ -293,10 +317,11 @@ def _figures(records, written: GenerateOutput, likelihoods, rows: Sequence[int] 
     return measurements.figures(scores, scores.intervals)
 
 
-def _summary(task: Task, budget: Budget, output: Path, systems: list, quick: bool) -> dict:
+def _summary(task: Task, budget: Budget, output: Path, systems: list, quick: bool, dtype: str | None) -> dict:
     supervision = Supervision()
     command = ["dive-fast", "demo", "--output", str(output), "--steps", str(budget.steps)]
     command += ["--eval-reports", str(budget.eval_reports), "--seed", str(budget.seed)]
+    command += ["--dtype", dtype] if dtype else []
     return {
         "title": "Steering a frozen language model to write chest X-ray findings",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -312,7 +337,7 @@ def _summary(task: Task, budget: Budget, output: Path, systems: list, quick: boo
             "eos_weight": supervision.eos_weight,
             "kl_weight": supervision.kl_weight,
             "max_new_tokens": MAX_NEW_TOKENS,
-            "dtype": str(task.model.dtype).removeprefix("torch."),
+            "dtype": _dtype_name(task),
             "quick": quick,
         },
         "data": {

@@ -25,6 +25,7 @@ from dive_fast.errors import InputError
 from dive_fast.models.spec import text_config_of
 from dive_fast.sharding import any_process
 from dive_fast.supervision import Supervision, Teacher
+from dive_fast.supervision.cache import model_fingerprint
 from dive_fast.supervision.teacher import TeacherRunner
 from dive_fast.trainer import DiveTrainer
 
@@ -178,6 +179,7 @@ def _setup(model, records, supervision: Supervision, teacher: Teacher | None, ru
     kept = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "weight_decay")
     kept += ("warmup_steps", "gradient_accumulation_steps", "max_grad_norm", "optim", "bf16", "fp16")
     return {
+        "model": {"dtype": str(model.get_base_model().dtype), "weights": model_fingerprint(model)},
         "steering": adapter_settings(model.active_peft_config),
         "supervision": named,
         "teacher": None

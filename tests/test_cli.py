@@ -149,8 +149,9 @@ def test_demo_and_doctor_get_their_options(monkeypatch):
     seen = []
     monkeypatch.setitem(sys.modules, "dive_fast.demo", SimpleNamespace(main=lambda *a, **k: seen.append((a, k)) or 5))
     argv = ["demo", "--output", "d", "--quick", "--steps", "3", "--eval-reports", "4", "--seed", "2"]
+    argv += ["--dtype", "float32"]
     assert cli.main(argv) == 5
-    assert seen.pop() == (("d",), {"quick": True, "steps": 3, "eval_reports": 4, "seed": 2})
+    assert seen.pop() == (("d",), {"quick": True, "steps": 3, "eval_reports": 4, "seed": 2, "dtype": "float32"})
     monkeypatch.setattr("dive_fast.doctor.main", lambda json, probe: seen.append((json, probe)) or 1)
     assert cli.main(["doctor", "--json"]) == 1 and seen == [(True, False)]
 

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from dive_fast import demo
@@ -16,10 +17,20 @@ from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
 @pytest.mark.parametrize("name", ["steps", "eval_reports"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_a_budget_below_one_is_refused_and_nothing_is_written(name, value, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "_load", lambda budget: pytest.fail("the demo went on"))
+    monkeypatch.setattr(demo, "_load", lambda *_: pytest.fail("the demo went on"))
     with pytest.raises(InputError, match=f"{name}: expected a whole number >= 1, got {value}"):
         demo.main(tmp_path / "out", **{name: value})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_is_scored(tmp_path, monkeypatch):
+    model = SimpleNamespace(dtype=torch.bfloat16)
+    monkeypatch.setattr(demo, "_load", lambda *_: SimpleNamespace(model=model))
+    monkeypatch.setattr(demo, "_describe", lambda *_: pytest.fail("the demo went on"))
+    demo._claim(tmp_path, {"steps": 6, "eval_reports": 64, "seed": 0, "dtype": "float32"})
+    with pytest.raises(InputError, match="another run .steps: 6 there, 7 now, dtype: float32 there, bfloat16 now."):
+        demo.main(tmp_path, steps=7)
+    demo._claim(tmp_path, {"steps": 6, "eval_reports": 64, "seed": 0, "dtype": "float32"})
 
 
 def test_its_reports_come_from_the_native_engine(tmp_path, monkeypatch):

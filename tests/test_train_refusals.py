@@ -92,6 +92,19 @@ def test_an_output_folder_of_another_run_is_refused(tmp_path):
         run(tmp_path, steering=dive_fast.DiveConfig(r=2), args=args | {"learning_rate": 0.1}, resume=True)
 
 
+def test_a_run_does_not_go_on_with_another_model(tmp_path):
+    args = {"save_strategy": "steps", "save_steps": 2}
+    run(tmp_path, tiny_llama(), args=args)
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1
+    with pytest.raises(InputError, match=r"other settings \(model\.weights\)"):
+        run(tmp_path, other, args=args, resume=True)
+    with pytest.raises(InputError, match=r"other settings \(model\.dtype, model\.weights\)"):
+        run(tmp_path, tiny_llama().to(torch.bfloat16), args=args, resume=True)
+    run(tmp_path, tiny_llama(), args=args, resume=True)
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path):
     model = tiny_llama()
     with torch.no_grad():
