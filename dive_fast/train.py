@@ -119,6 +119,11 @@ def train(
         supervision.read_ahead(record.report for record in (*records, *(eval_records or ())))
     model, processor = adapted(model_or_path, processor, steering)
     base = model.get_base_model()
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(
+            "model: some of its weights are offloaded (device_map), and no gradient passes through those; load it "
+            "whole, or share it among processes with fsdp"
+        )
     encoder = ReportEncoder(processor, context_length=text_config_of(base).max_position_embeddings)
     encoder.check_lengths([*records, *(eval_records or ())])
     runner = None

@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from accelerate import dispatch_model
 
 import dive_fast
 from dive_fast.data.record import Record
@@ -103,6 +104,16 @@ def test_a_run_does_not_go_on_with_another_model(tmp_path):
     with pytest.raises(InputError, match=r"other settings \(model\.dtype, model\.weights\)"):
         run(tmp_path, tiny_llama().to(torch.bfloat16), args=args, resume=True)
     run(tmp_path, tiny_llama(), args=args, resume=True)
+
+
+def test_offloaded_weights_are_refused(tmp_path):
+    model = tiny_llama()
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(len(model.model.layers))}
+    model = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path / "weights", force_hooks=True)
+    with pytest.raises(InputError, match="model: some of its weights are offloaded"):
+        run(tmp_path, model)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path):
