@@ -308,6 +308,20 @@ def test_the_drawn_loss_is_the_loss():
     assert heights == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_large_loss_does_not_press_the_others_flat():
+    style = charts.Style("c-0", "disc", "")
+    lines = [charts.Line("a", style, [(1, 40.0), (2, 30.0)]), charts.Line("b", style, [(1, 4.0), (2, 2.0)])]
+    chart = charts.line_chart("Loss", "steps", lines)
+    heights = [
+        [float(pair.split()[1]) for pair in d.split("L")]
+        for d in re.findall(r'class="line c-0"[^>]* d="M([^"]*)"', chart)
+    ]
+    assert "log scale" in chart and re.findall(r'top:[\d.]+%">([^<]*)<', chart) == ["2", "5", "10", "20"]
+    halved, quartered = heights[1][1] - heights[1][0], heights[0][1] - heights[0][0]
+    assert halved / quartered == pytest.approx(math.log(2) / math.log(4 / 3), rel=1e-3)
+    assert "log scale" not in charts.line_chart("Loss", "steps", [charts.Line("b", style, [(1, 4.0), (2, 1.0)])])
+
+
 def test_intervals_lie_where_their_axis_says():
     style = charts.Style("c-0", "disc", "")
     panel = charts.interval_panel("T", "", [charts.Point("a", style, 10.0, (5.0, 20.0), "10")])

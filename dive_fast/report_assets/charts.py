@@ -138,17 +138,24 @@ class Line(NamedTuple):
 
 
 def line_chart(title: str, x_label: str, lines: Sequence[Line]) -> str:
-    """Losses over steps. A line of 30 points or more is drawn as a running mean over its faint raw values."""
-    low_y, high_y = _span([y for line in lines for _, y in line.points])
+    """Losses over steps. A line of 30 points or more is drawn as a running mean over its faint raw values.
+
+    The losses' axis is logarithmic where they span a factor of 5: objectives are not on one scale, and the largest
+    would press the others flat.
+    """
+    losses = [y for line in lines for _, y in line.points]
+    log = min(losses) > 0 and max(losses) / min(losses) > 5
+    low_y, high_y = _span([math.log(y) for y in losses] if log else losses)
     low_x, high_x = 0.0, max(x for line in lines for x, _ in line.points) or 1.0
 
     def place_x(x: float) -> float:
         return (x - low_x) / (high_x - low_x)
 
     def place_y(y: float) -> float:
-        return 1 - (y - low_y) / (high_y - low_y)
+        return 1 - ((math.log(y) if log else y) - low_y) / (high_y - low_y)
 
-    marks_x, marks_y = ticks(low_x, high_x, 5), ticks(low_y, high_y, 4)
+    marks_x = ticks(low_x, high_x, 5)
+    marks_y = log_ticks(math.exp(low_y), math.exp(high_y)) if log else ticks(low_y, high_y, 4)
     shapes = [f'<path class="gridline" d="M0 {place_y(y):.4f}H1"/>' for y in marks_y]
     for line in lines:
         raw = [(place_x(x), place_y(y)) for x, y in sorted(line.points)]
@@ -168,7 +175,7 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line]) -> str:
     smoothed = ", running mean over the faint values" if any(len(line.points) >= 30 for line in lines) else ""
     return (
         f'<figure class="panel"><figcaption><strong>{escape(title)}</strong> '
-        f"<small>over {escape(x_label)}{smoothed}</small></figcaption>"
+        f"<small>over {escape(x_label)}{smoothed}{', log scale' if log else ''}</small></figcaption>"
         f'<div class="plot" role="img" aria-label="{escape(summary)}"><div class="y-ticks">{left}</div>'
         f'<svg viewBox="0 0 1 1" preserveAspectRatio="none" aria-hidden="true">{"".join(shapes)}</svg>'
         f'<div class="x-ticks">{below}</div></div></figure>'
