@@ -83,12 +83,8 @@ void logits_are_bit_equal_for_all_teams() {
   }
 }
 
-void a_callback_that_throws_ends_the_run_and_nothing_else() {
-  const Model model(1);
-  const std::vector<Request> requests = requests_for(model, 7);
-  const std::vector<Result> expected = decode(model, requests, {4, 2, levels().back()});
-  Session session = session_of(model, {4, 2, levels().back()});
-  for (const Request& request : requests) submit(session, model, request);
+// Runs the session to its end under a callback that throws at every third token.
+void run_interrupted(Session& session) {
   int calls = 0, thrown = 0;
   Session::Callbacks callbacks;
   callbacks.token = [&](std::int64_t, std::int64_t) {
@@ -103,6 +99,15 @@ void a_callback_that_throws_ends_the_run_and_nothing_else() {
     }
   }
   expect(thrown > 3, "the callback's exception did not arrive");
+}
+
+void a_callback_that_throws_ends_the_run_and_nothing_else() {
+  const Model model(1);
+  const std::vector<Request> requests = requests_for(model, 7);
+  const std::vector<Result> expected = decode(model, requests, {4, 2, levels().back()});
+  Session session = session_of(model, {4, 2, levels().back()});
+  for (const Request& request : requests) submit(session, model, request);
+  run_interrupted(session);
   expect(same(expected, taken(session, requests)), "interrupted runs give other tokens");
 }
 
@@ -212,20 +217,7 @@ void a_callback_that_throws_ends_a_devices_loop() {
   const std::vector<Result> expected = decode(model, requests, {4, 2, levels().back()});
   Session session = looping_session(model, 4, 50);
   for (const Request& request : requests) submit(session, model, request);
-  int calls = 0, thrown = 0;
-  Session::Callbacks callbacks;
-  callbacks.token = [&](std::int64_t, std::int64_t) {
-    if (++calls % 3 == 0) throw std::runtime_error("enough");
-  };
-  for (bool done = false; !done;) {
-    try {
-      session.run(callbacks, 0);
-      done = true;
-    } catch (const std::runtime_error&) {
-      ++thrown;
-    }
-  }
-  expect(thrown > 3, "the callback's exception did not arrive");
+  run_interrupted(session);
   expect(same(expected, taken(session, requests)), "interrupted loops give other tokens");
 }
 
