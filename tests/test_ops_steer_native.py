@@ -103,13 +103,14 @@ def moves(h, doubles, keywords, upstream, truth):
     return found
 
 
-def check_against_float64(shape, dtype, level, stream, tensors, keywords, leave_out=()):
+def check_against_float64(shape, dtype, level, stream, tensors, keywords, leave_out=(), drawn=False):
+    """As close to float64 as torch is in `dtype`; a drawn case may be ill-conditioned, and moves as much besides."""
     h = stream[0] if stream[1] is None else stream[0] + stream[1]
     doubles = {k: v.double() if v is not None and v.is_floating_point() else v for k, v in tensors.items()}
     upstream = [x.to(dtype) for x in upstream_of(with_reference(h.double(), doubles, keywords))]
     truth = reference_results(h, doubles, keywords, torch.float64, upstream)
     torchs = reference_results(h, tensors, keywords, dtype, upstream)
-    moved = moves(h, doubles, keywords, upstream, truth)
+    moved = moves(h, doubles, keywords, upstream, truth) if drawn else dict.fromkeys(truth, 0.0)
     ours = native_results(stream, upstream, tensors, keywords, isa=level, threads=2)
     assert ours.keys() == truth.keys()
     for name in truth.keys() - {f"grad_{name}" for name in leave_out}:
@@ -317,4 +318,4 @@ def test_any_shape(data):
     rank = {"rank": shape[2]} if spec.OPTIONS[option].get("rank") != 0 else {}
     made = make(shape, dtype, option, data.draw(st.integers(0, 99)), **changes, **rank)
     # Two gradients are single sums over T and D, which random draws cancel down to their rounding errors.
-    check_against_float64(shape, dtype, level, *made, leave_out=("alpha", "gate_offset"))
+    check_against_float64(shape, dtype, level, *made, leave_out=("alpha", "gate_offset"), drawn=True)

@@ -34,10 +34,10 @@ class SteerInputs(NamedTuple):
     mask: torch.Tensor | None
     adapter_index: torch.Tensor | None
     norm_weight: torch.Tensor | None
-    activation: str = "silu"
-    normalize_input: bool = True
-    preserve_norm: bool = False
-    norm_eps: float = 1e-6
+    activation: str
+    normalize_input: bool
+    preserve_norm: bool
+    norm_eps: float
 
     @property
     def rank(self) -> int:
@@ -47,7 +47,7 @@ class SteerInputs(NamedTuple):
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """residual to norm_weight."""
-        return self[: self._fields.index("activation")]
+        return self[: len(TENSOR_FIELDS)]
 
     def for_kernels(self) -> "SteerInputs":
         """The same with contiguous vectors, and without a low-rank part of rank 0."""
@@ -55,6 +55,9 @@ class SteerInputs(NamedTuple):
         names = ("static", "alpha", "gate_direction", "gate_offset", "mask", "adapter_index", "norm_weight")
         vectors = {name: _contiguous(getattr(self, name)) for name in names}
         return self._replace(down=down, up=up, bias=_contiguous(bias), **vectors)
+
+
+TENSOR_FIELDS = SteerInputs._fields[: SteerInputs._fields.index("activation")]
 
 
 def _contiguous(tensor):

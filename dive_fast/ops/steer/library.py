@@ -8,7 +8,7 @@ import importlib
 import torch
 
 from dive_fast.ops.backend import select_backend
-from dive_fast.ops.steer.inputs import GRADIENTS, SteerInputs
+from dive_fast.ops.steer.inputs import GRADIENTS, TENSOR_FIELDS, SteerInputs
 
 BACKEND_MODULES = {"native": "dive_fast.ops.steer.native", "triton": "dive_fast.ops.steer.triton"}
 
@@ -26,8 +26,6 @@ LIBRARY.define(
     f"steer_backward({TENSORS}, {OPTIONS}, Tensor pre_activation, Tensor? grad_steered, Tensor? grad_normalized, "
     "str[] wanted, str? backend) -> Tensor[]"
 )
-
-TENSOR_FIELDS = SteerInputs._fields[: len(TENSORS.split(","))]
 
 
 def steer(*arguments):
@@ -98,7 +96,8 @@ def _backward(ctx, grad_steered, grad_normalized, _):
         return tuple(gradients)
     *tensors, pre_activation = ctx.saved_tensors
     *options, backend = ctx.options
-    if SteerInputs(*tensors).adapter_index is not None:
+    inputs = SteerInputs(*tensors, *options)
+    if inputs.adapter_index is not None:
         raise RuntimeError("steer: rows with different adapters are for inference; adapter_index has no backward pass")
     names = {
         position: "residual" if name == "update" else name
@@ -106,9 +105,7 @@ def _backward(ctx, grad_steered, grad_normalized, _):
         if ctx.needs_input_grad[position]
     }
     wanted = [name for name in GRADIENTS if name in names.values()]
-    found = torch.ops.dive_fast.steer_backward(
-        *tensors, *options, pre_activation, grad_steered, grad_normalized, wanted, backend
-    )
+    found = torch.ops.dive_fast.steer_backward(*inputs, pre_activation, grad_steered, grad_normalized, wanted, backend)
     by_name = dict(zip(wanted, found, strict=True))
     for position, name in names.items():
         gradients[position] = by_name[name].to(tensors[position].dtype)
