@@ -33,6 +33,7 @@ from dive_fast.likelihood import report_nll
 from dive_fast.models.backbone import load_backbone
 from dive_fast.models.spec import text_config_of
 from dive_fast.report import result_table, write_report
+from dive_fast.run_settings import changes, read_settings
 from dive_fast.steering import DiveConfig
 from dive_fast.supervision import Supervision, Teacher
 from dive_fast.supervision.teacher import TeacherRunner
@@ -197,14 +198,9 @@ def _claim(output: Path, settings: dict) -> None:
     """Note what the folder's adapters are trained with; refuses a folder whose adapters were trained otherwise."""
     file = output / "run.json"
     if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [
-            f"{name}: {before.get(name)} there, {now} now" for name, now in settings.items() if before.get(name) != now
-        ]
+        changed = changes(read_settings(file, "output", "name another folder, or remove this one"), settings)
         if changed:
-            raise InputError(
-                f"output: {output} holds another run ({', '.join(changed)}); give its settings or another folder"
-            )
+            raise InputError(f"output: {output} holds another run ({changed}); give its settings or another folder")
     output.mkdir(parents=True, exist_ok=True)
     checkpoints.write_json(file, settings)
 

@@ -14,6 +14,7 @@ from typing import Any
 from dive_fast.data.images import StoredImage
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
+from dive_fast.run_settings import changes, read_settings
 
 SETUP = "setup.json"
 
@@ -42,17 +43,11 @@ class Shards:
 
     def _check_setup(self) -> None:
         file = self.folder / SETUP
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"--output: {file} does not say what the shards beside it were made with ({error}); remove "
-                f"{self.folder} to start again"
-            ) from error
-        changed = list(differences(before, self.setup))
+        before = read_settings(file, "--output", f"remove {self.folder} to start again")
+        changed = changes(before, self.setup)
         if changed:
             raise InputError(
-                f"--output: the finished shards in {self.folder} were made with other settings ({'; '.join(changed)}); "
+                f"--output: the finished shards in {self.folder} were made with other settings ({changed}); "
                 "give the same ones, name another --output, or remove the folder to start again"
             )
 
@@ -165,12 +160,3 @@ def _write(path: Path, text: str) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
-
-
-def differences(before: Any, now: Any, name: str = "") -> Iterable[str]:
-    """`key: theirs there, ours now` for every value of two nested mappings that is not the same."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in dict.fromkeys([*now, *before]):
-            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield f"{name}: {json.dumps(before)} there, {json.dumps(now)} now"

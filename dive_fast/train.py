@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from dive_fast.data import to_records
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.errors import InputError
 from dive_fast.models.spec import text_config_of
+from dive_fast.run_settings import changes, read_settings
 from dive_fast.sharding import any_process
 from dive_fast.supervision import Supervision, Teacher
 from dive_fast.supervision.cache import model_fingerprint
@@ -206,12 +207,11 @@ def _prepare_output(output_dir: Path, setup: dict, resume: bool) -> Path | None:
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output_dir: {output_dir} is a file; name a folder")
     if resume and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [f"{a}.{b}" for a in setup for b in _differing(before.get(a), setup[a])]
+        changed = changes(read_settings(file, "resume", "name another output_dir"), setup)
         if changed:
             raise InputError(
-                f"resume: the run in {output_dir} had other settings ({', '.join(changed)}); "
-                "give the same ones, or another output_dir"
+                f"resume: the run in {output_dir} had other settings ({changed}); give the same ones, or another "
+                "output_dir"
             )
         return _newest(output_dir)
     if _holds_run(output_dir):
@@ -248,12 +248,6 @@ def _writing(output_dir: Path):
 
 def _holds_run(output_dir: Path) -> bool:
     return bool(checkpoints.checkpoints(output_dir)) or (output_dir / "adapter_model.safetensors").exists()
-
-
-def _differing(before, after) -> Sequence[str]:
-    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
-        return [] if before == after else ["all"]
-    return [name for name in after if before.get(name) != json.loads(json.dumps(after[name]))]
 
 
 def _run(trainer: DiveTrainer, output_dir: Path, checkpoint: Path | None) -> TrainResult:

@@ -28,7 +28,7 @@ def test_a_folder_of_another_run_is_refused_before_anything_is_scored(tmp_path, 
     monkeypatch.setattr(demo, "_load", lambda *_: SimpleNamespace(model=model))
     monkeypatch.setattr(demo, "_describe", lambda *_: pytest.fail("the demo went on"))
     demo._claim(tmp_path, {"steps": 6, "eval_reports": 64, "seed": 0, "dtype": "float32"})
-    with pytest.raises(InputError, match="another run .steps: 6 there, 7 now, dtype: float32 there, bfloat16 now."):
+    with pytest.raises(InputError, match='another run .steps: 6 there, 7 now; dtype: "float32" there, "bfloat16" now.'):
         demo.main(tmp_path, steps=7)
     demo._claim(tmp_path, {"steps": 6, "eval_reports": 64, "seed": 0, "dtype": "float32"})
 

@@ -19,7 +19,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 COMMON = {"errors", "data.record", "supervision.tagger"}
 
 LOWER = {"native", "models", "ops", "steering", "supervision", "data", "decode", "metrics", "clinical"}
-UPPER = {"train", "evaluate", "likelihood", "prompt_store"}
+UPPER = {"train", "evaluate", "likelihood", "prompt_store", "run_settings"}
 
 # Room -> the rooms, or single modules of a room, that it may import besides itself and COMMON.
 ALLOWED = {
@@ -43,12 +43,14 @@ ALLOWED = {
     "prompt_store": {"models", "data"},
     "likelihood": LOWER | {"prompt_store"},
     "evaluate": LOWER | {"likelihood"},
+    # whether a folder's files were made with the same settings, asked wherever work goes on
+    "run_settings": set(),
     # tags the records of a data set, which `data` itself cannot: the supervision room reads records
     "inspect_data": {"data", "supervision"},
     # the rows that one process and every worker write alike
     "predictions": {"data", "decode"},
     # what names an image that lies in a data set
-    "shards": {"data.images"},
+    "shards": {"data.images", "run_settings"},
     # a worker loads model and adapter as the command line does
     "distributed": {"models", "predictions", "shards", "train"},
     "train": LOWER | UPPER,
@@ -58,7 +60,7 @@ ALLOWED = {
     # what demo and experiment measure of a system alike
     "measurements": LOWER | UPPER,
     "demo": LOWER | UPPER | {"measurements", "report", "doctor", "config"},
-    # its own rows are files of their own (`shards` compares settings), each seeded like those of `generate`
+    # its own rows are files of their own (`shards` names their records), each seeded like those of `generate`
     "experiment": LOWER | UPPER | {"measurements", "report", "doctor", "config", "predictions", "shards"},
     "cli": LOWER
     | UPPER

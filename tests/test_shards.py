@@ -83,7 +83,7 @@ def test_shards_of_an_unknown_setup_are_refused(tmp_path, text):
     setup.unlink()
     if text is not None:
         setup.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(InputError, match="setup.json does not say what the shards beside it were made with .*; remove"):
+    with pytest.raises(InputError, match="setup.json does not say what its folder was made with .*; remove"):
         Shards(tmp_path / "p.jsonl", RECORDS, 4, SETUP)
 
 

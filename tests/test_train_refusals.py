@@ -89,8 +89,19 @@ def test_an_output_folder_of_another_run_is_refused(tmp_path):
     run(tmp_path, args=args)
     with pytest.raises(InputError, match="holds another run"):
         run(tmp_path, args=args)
-    with pytest.raises(InputError, match=r"other settings \(steering\.r, training\.learning_rate\)"):
+    with pytest.raises(
+        InputError, match=r"\(steering.r: 4 there, 2 now; training.learning_rate: 0.003 there, 0.1 now\)"
+    ):
         run(tmp_path, steering=dive_fast.DiveConfig(r=2), args=args | {"learning_rate": 0.1}, resume=True)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_run_whose_settings_are_damaged_is_refused(tmp_path, text):
+    args = {"save_strategy": "steps", "save_steps": 2}
+    folder = run(tmp_path, args=args).adapter_dir
+    (folder / "dive_setup.json").write_text(text)
+    with pytest.raises(InputError, match="resume: .*dive_setup.json does not say .*; name another output_dir"):
+        run(tmp_path, args=args, resume=True)
 
 
 def test_a_run_does_not_go_on_with_another_model(tmp_path):
@@ -99,9 +110,9 @@ def test_a_run_does_not_go_on_with_another_model(tmp_path):
     other = tiny_llama()
     with torch.no_grad():
         other.model.norm.weight[0] += 1
-    with pytest.raises(InputError, match=r"other settings \(model\.weights\)"):
+    with pytest.raises(InputError, match=r"other settings \(model.weights: [0-9a-f]{8} there, [0-9a-f]{8} now\)"):
         run(tmp_path, other, args=args, resume=True)
-    with pytest.raises(InputError, match=r"other settings \(model\.dtype, model\.weights\)"):
+    with pytest.raises(InputError, match='model.dtype: "torch.float32" there, "torch.bfloat16" now; model.weights: '):
         run(tmp_path, tiny_llama().to(torch.bfloat16), args=args, resume=True)
     run(tmp_path, tiny_llama(), args=args, resume=True)
 

@@ -27,7 +27,8 @@ from dive_fast.errors import InputError
 from dive_fast.experiment.inputs import Data
 from dive_fast.experiment.settings import SHARED, ExperimentConfig, Generation, without_tokens
 from dive_fast.experiment.systems import ANY_SEED, System, TeacherPass
-from dive_fast.shards import differences, records_fingerprint
+from dive_fast.run_settings import changes, read_settings
+from dive_fast.shards import records_fingerprint
 
 SETUP, CONFIG = "setup.json", "experiment.yaml"
 
@@ -156,21 +157,15 @@ class Folder:
                     f"output: {self.root} is not empty and holds no experiment (no {SETUP}); name another folder"
                 )
             return setup
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"output: {file} cannot be read ({error}); name another folder, or remove this one"
-            ) from error
+        before = read_settings(file, "output", "name another folder, or remove this one")
         # A system that only one of them has was added or left out; one without runs has nothing to contradict.
         both = before.get("systems", {}).keys() & setup["systems"].keys()
         both = sorted(name for name in both if (self.root / "runs" / name).is_dir())
         theirs, ours = ({**s, "systems": {name: s["systems"][name] for name in both}} for s in (before, setup))
-        changed = list(differences(theirs, ours))
+        changed = changes(theirs, ours)
         if changed:
-            shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
             raise InputError(
-                f"output: {self.root} holds an experiment with other settings ({shown}); give the same ones, or name "
+                f"output: {self.root} holds an experiment with other settings ({changed}); give the same ones, or name "
                 "another --output. A system's own settings may change once its folder in runs/ is removed"
             )
         # A system that is left out this time stays what its runs were made with.
