@@ -1,16 +1,24 @@
 """The adapters that `train` fits and `load` reads: our steering, and PEFT's own methods as baselines to it."""
 
 import json
+import logging
 from pathlib import Path
 
 import peft
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from dive_fast.errors import InputError
 from dive_fast.models.backbone import load_backbone
+from dive_fast.models.fingerprint import model_fingerprint
 from dive_fast.steering import DiveConfig
+
+SETUP_FILE = "dive_setup.json"
+"""What an adapter was trained with, beside it."""
+
+logger = logging.getLogger(__name__)
 
 # What PEFT notes in every configuration about where it was made and what it is used for now.
 _BOOKKEEPING = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "task_type"}
@@ -108,6 +116,8 @@ def trainable_parameters(model: nn.Module) -> int:
 def load(base_or_path, adapter_dir, *, dtype=None) -> peft.PeftModel:
     """The base model with a trained adapter, in eval mode.
 
+    Where `train`'s note of its weights lies beside the adapter, other weights of the same shape are warned of.
+
     Args:
         base_or_path: a transformers model, or a name as in `train`; with a name the PEFT model carries the processor
             as `model.processor`, where `generate` finds it.
@@ -149,9 +159,38 @@ def load(base_or_path, adapter_dir, *, dtype=None) -> peft.PeftModel:
             f"adapter_dir: {weights} does not fit its adapter_config.json (first difference: {odd}); "
             "copy both from the same run"
         )
+    _warn_of_other_weights(model, folder)
     if processor is not None:
         model.processor = processor
     return model.eval()
+
+
+def base_settings(base: nn.Module) -> dict[str, str]:
+    """Which frozen model an adapter is trained on, as JSON values."""
+    return {"dtype": str(base.dtype), "fingerprint": model_fingerprint(base, any_dtype=True)}
+
+
+def _warn_of_other_weights(model: peft.PeftModel, folder: Path) -> None:
+    """An adapter fits every model of its shape; what it does to another one than its own, nothing has measured."""
+    try:
+        noted = json.loads((folder / SETUP_FILE).read_text(encoding="utf-8"))["model"]
+        trained = {name: noted[name] for name in ("dtype", "fingerprint")}
+    except (OSError, ValueError, TypeError, KeyError):
+        return  # copied without it, or written by something else
+    base = model.get_base_model()
+    if any(parameter.is_meta for parameter in base.parameters()):
+        return  # offloaded weights have no values to compare
+    now = base_settings(base)
+    dtypes = {trained["dtype"], now["dtype"]}
+    comparable = len(dtypes) == 1 or str(torch.float16) not in dtypes
+    if comparable and now["fingerprint"] != trained["fingerprint"]:
+        name = model.active_peft_config.base_model_name_or_path
+        logger.warning(
+            "adapter_dir: %s was trained on other weights%s than this model of the same shape has; what it does to "
+            "these is unknown",
+            folder,
+            f" ({name})" if name else "",
+        )
 
 
 def _stored_config(folder: Path) -> peft.PeftConfig:

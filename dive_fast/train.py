@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, set_seed
 
 from dive_fast import checkpoints
-from dive_fast.adapters import adapted, adapter_settings, load
+from dive_fast.adapters import SETUP_FILE, adapted, adapter_settings, base_settings, load
 from dive_fast.arguments import DiveTrainingArguments, training_arguments
 from dive_fast.data import to_records
 from dive_fast.data.encoding import ReportEncoder
@@ -26,13 +26,10 @@ from dive_fast.models.spec import text_config_of
 from dive_fast.run_settings import changes, read_settings
 from dive_fast.sharding import any_process
 from dive_fast.supervision import Supervision, Teacher
-from dive_fast.supervision.cache import model_fingerprint
 from dive_fast.supervision.teacher import TeacherRunner
 from dive_fast.trainer import DiveTrainer
 
 __all__ = ["DiveTrainingArguments", "TrainResult", "TrainingInterrupted", "load", "train"]
-
-SETUP_FILE = "dive_setup.json"
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +182,7 @@ def _setup(model, records, supervision: Supervision, teacher: Teacher | None, ru
     kept = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "weight_decay")
     kept += ("warmup_steps", "gradient_accumulation_steps", "max_grad_norm", "optim", "bf16", "fp16")
     return {
-        "model": {"dtype": str(model.get_base_model().dtype), "weights": model_fingerprint(model)},
+        "model": base_settings(model.get_base_model()),
         "steering": adapter_settings(model.active_peft_config),
         "supervision": named,
         "teacher": None

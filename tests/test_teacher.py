@@ -10,9 +10,9 @@ from dive_fast.data.films import generated_films, load_films, split_by_patient
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
 from dive_fast.likelihood import report_nll
+from dive_fast.models.fingerprint import model_fingerprint
 from dive_fast.models.smol_llava import build_smol_llava
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
-from dive_fast.supervision.cache import model_fingerprint
 from dive_fast.supervision.teacher import TeacherRunner
 
 RECORDS = [Record(f"r{i}", f"Indication: case {i}.", f"finding number {i}.") for i in range(8)]

@@ -30,6 +30,26 @@ def test_training_writes_an_adapter_that_load_reads_back(tmp_path):
     assert not pickles
 
 
+def test_load_warns_of_other_weights(tmp_path, caplog):
+    folder = run(tmp_path).adapter_dir
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    for base in (tiny_llama(), tiny_llama().bfloat16(), tiny_llama().double(), tiny_llama().half()):
+        dive_fast.load(base, folder)
+    assert not caplog.records
+    dive_fast.load(other, folder)
+    assert "was trained on other weights than this model of the same shape has" in caplog.text
+    caplog.clear()
+    dive_fast.load(other.half(), folder)  # rounded otherwise than the weights that were compared
+    for content in ("{", "[]", '{"model": 1}', '{"model": {"dtype": "torch.float32"}}'):
+        (folder / "dive_setup.json").write_text(content)
+        dive_fast.load(other, folder)
+    (folder / "dive_setup.json").unlink()
+    dive_fast.load(other, folder)
+    assert not caplog.records
+
+
 def test_transformers_own_arguments_train_alike(tmp_path):
     options = SHORT | {"learning_rate": 3e-3}
     arguments = TrainingArguments(output_dir=str(tmp_path / "elsewhere"), report_to="none", use_cpu=True, **options)

@@ -11,8 +11,8 @@ from dive_fast.data.collator import ReportCollator
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.errors import InputError
 from dive_fast.likelihood import report_nll
+from dive_fast.models.fingerprint import model_fingerprint
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
-from dive_fast.supervision.cache import model_fingerprint
 from dive_fast.supervision.teacher import TeacherRunner, without_steering
 from tests.training_runs import PLAIN, RECORDS, adapter_bytes, losses, run
 

@@ -110,9 +110,11 @@ def test_a_run_does_not_go_on_with_another_model(tmp_path):
     other = tiny_llama()
     with torch.no_grad():
         other.model.norm.weight[0] += 1
-    with pytest.raises(InputError, match=r"other settings \(model.weights: [0-9a-f]{8} there, [0-9a-f]{8} now\)"):
+    with pytest.raises(InputError, match=r"other settings \(model.fingerprint: [0-9a-f]{8} there, [0-9a-f]{8} now\)"):
         run(tmp_path, other, args=args, resume=True)
-    with pytest.raises(InputError, match='model.dtype: "torch.float32" there, "torch.bfloat16" now; model.weights: '):
+    with pytest.raises(
+        InputError, match=r'other settings \(model.dtype: "torch.float32" there, "torch.bfloat16" now\)'
+    ):
         run(tmp_path, tiny_llama().to(torch.bfloat16), args=args, resume=True)
     run(tmp_path, tiny_llama(), args=args, resume=True)
 

@@ -166,7 +166,7 @@ def _train(config, folder, system, seed: int) -> dict:
     from dive_fast.adapters import trainable_parameters
     from dive_fast.experiment.inputs import load_experiment_data, load_frozen, training_records
     from dive_fast.experiment.memory import PeakMemory
-    from dive_fast.supervision.cache import model_fingerprint
+    from dive_fast.models.fingerprint import model_fingerprint
     from dive_fast.train import train
 
     data, frozen = load_experiment_data(config), load_frozen(config)
@@ -211,8 +211,8 @@ def _write(config, folder, system, seed: int | str) -> dict:
     from dive_fast.experiment.settings import Generation
     from dive_fast.experiment.systems import ANY_SEED
     from dive_fast.likelihood import report_nll
+    from dive_fast.models.fingerprint import model_fingerprint
     from dive_fast.predictions import record_seed
-    from dive_fast.supervision.cache import model_fingerprint
 
     data, frozen = load_experiment_data(config), load_frozen(config)
     piece, options = folder.piece(system.name, seed), vars(Generation(**config.generation))

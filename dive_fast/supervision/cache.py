@@ -15,49 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from dive_fast.errors import InputError
 
 FORMAT = "dive_fast teacher 2"
-SAMPLED_VALUES = 256
-"""Values per weight tensor in a model's fingerprint: hashing 14 GB for every run would cost more than it saves."""
 
 logger = logging.getLogger(__name__)
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """sha256 over names, shapes, dtypes and evenly spaced values of the frozen parameters and buffers.
-
-    Adapters inside the model are no part of it, so that it is the same with any of them and with none.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(_frozen_tensors(model).items()):
-        flat = tensor.detach().reshape(-1)
-        count = min(flat.numel(), SAMPLED_VALUES)
-        index = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
-        values = flat[index].double().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor_bytes(values))
-    return digest.hexdigest()
-
-
-def _frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> tensor as the model has them without PEFT, which wraps a layer that it adapts or copies."""
-    adapters = tuple(
-        f"{name}.{group}."
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        for group in (*module.adapter_layer_names, *module.other_param_names)
-    )
-    return {
-        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(adapters) and ".modules_to_save." not in name
-    }
 
 
 def content_key(parts: Mapping[str, str | torch.Tensor]) -> str:

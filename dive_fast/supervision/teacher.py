@@ -19,10 +19,11 @@ from dive_fast.data.demonstrations import DemonstrationPool
 from dive_fast.data.encoding import ReportEncoder, append_responses
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
+from dive_fast.models.fingerprint import model_fingerprint
 from dive_fast.models.hidden import hidden_states
 from dive_fast.models.prefix import Prefix, continue_prefix, run_prefix
 from dive_fast.models.spec import lm_head_of, logit_softcap_of
-from dive_fast.supervision.cache import TensorCache, content_key, model_fingerprint
+from dive_fast.supervision.cache import TensorCache, content_key
 
 DEMOS = ("random", "nearest", "fixed")
 
