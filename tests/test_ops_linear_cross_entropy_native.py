@@ -13,6 +13,7 @@ from dive_fast import native
 from dive_fast.ops import TeacherStatistics
 from dive_fast.ops.linear_cross_entropy import spec
 from dive_fast.ops.linear_cross_entropy.native import row_figures
+from dive_fast.ops.linear_cross_entropy.types import RowInputs
 
 ISAS = native.load().cpu.kernel_levels()
 ROOMY = 2**30
@@ -33,16 +34,15 @@ def make(case, seed=0):
 def figures(inputs, options, *, isa=ISAS[-1], threads=2, budget=ROOMY, gradient=True, stats=True):
     defaults = {"bias": None, "class_weights": None, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None}
     teacher = {"teacher": None, "teacher_rows": inputs[3] if "teacher" in options else None}
-    return row_figures(
+    problem = RowInputs(
         *inputs,
         **(defaults | teacher | options),
         logits_dtype=torch.float32,
         max_workspace_bytes=budget,
         gradient=gradient,
         stats=stats,
-        isa=isa,
-        threads=threads,
     )
+    return row_figures(problem, isa=isa, threads=threads)
 
 
 def definition(inputs, options, dtype):

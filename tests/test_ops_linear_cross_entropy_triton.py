@@ -13,6 +13,7 @@ from dive_fast.ops.checks import accumulation_dtype  # noqa: E402
 from dive_fast.ops.linear_cross_entropy import TeacherStatistics, spec  # noqa: E402
 from dive_fast.ops.linear_cross_entropy import triton as row_chunked  # noqa: E402
 from dive_fast.ops.linear_cross_entropy import triton_streaming as streaming  # noqa: E402
+from dive_fast.ops.linear_cross_entropy.types import RowInputs  # noqa: E402
 
 # The interpreter computes masked-out lanes too, with numpy, which warns of their infinities.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -60,7 +61,7 @@ def run(form, inputs, options, *, budget=LARGE_BUDGET, gradient=True, stats=True
     defaults = {"bias": None, "class_weights": None, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None}
     options = defaults | {"teacher": None} | options
     ce_share, kl_share = share or shares(len(rows), accumulate, options["teacher"] is not None)
-    figures = FORMS[form].row_figures(
+    problem = RowInputs(
         hidden,
         weight,
         targets,
@@ -74,6 +75,7 @@ def run(form, inputs, options, *, budget=LARGE_BUDGET, gradient=True, stats=True
         gradient=gradient,
         stats=stats,
     )
+    figures = FORMS[form].row_figures(problem)
     return {name: figure for name, figure in figures._asdict().items() if figure is not None}
 
 

@@ -12,7 +12,7 @@ import torch
 from dive_fast.ops.backend import select_backend
 from dive_fast.ops.checks import accumulation_dtype
 from dive_fast.ops.linear_cross_entropy import checks
-from dive_fast.ops.linear_cross_entropy.types import RowFigures, TeacherStatistics
+from dive_fast.ops.linear_cross_entropy.types import RowFigures, RowInputs, TeacherStatistics
 
 BACKEND_MODULES = {
     "native": "dive_fast.ops.linear_cross_entropy.native",
@@ -101,23 +101,25 @@ def linear_cross_entropy(
     states, head = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (states, head))
     with torch.autocast(hidden.device.type, enabled=False):
         figures = importlib.import_module(BACKEND_MODULES[name]).row_figures(
-            states,
-            head,
-            row_targets,
-            index,
-            ce_share,
-            kl_share,
-            teacher_rows=_teacher_rows(taught, rows, index),
-            bias=bias,
-            class_weights=class_weights,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            teacher=taught.to(states.dtype) if isinstance(taught, torch.Tensor) else taught,
-            logits_dtype=logits_dtype,
-            max_workspace_bytes=max_workspace_bytes,
-            gradient=needs_gradient,
-            stats=return_stats,
+            RowInputs(
+                states,
+                head,
+                row_targets,
+                index,
+                ce_share,
+                kl_share,
+                teacher_rows=_teacher_rows(taught, rows, index),
+                teacher=taught.to(states.dtype) if isinstance(taught, torch.Tensor) else taught,
+                bias=bias,
+                class_weights=class_weights,
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                softcap=softcap,
+                logits_dtype=logits_dtype,
+                max_workspace_bytes=max_workspace_bytes,
+                gradient=needs_gradient,
+                stats=return_stats,
+            )
         )
     loss = _reduce(figures, row_weights, counted, kl_weight, reduction, ce_divisor, kl_divisor)
     if reduction == "none":

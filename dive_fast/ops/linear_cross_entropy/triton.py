@@ -14,6 +14,7 @@ import torch
 import triton
 
 from dive_fast.ops.linear_cross_entropy.triton_common import (
+    class_weight_sum,
     device_of,
     empty_figures,
     feature_flags,
@@ -22,7 +23,7 @@ from dive_fast.ops.linear_cross_entropy.triton_common import (
 )
 from dive_fast.ops.linear_cross_entropy.triton_gradient_rows import scatter_scaled_rows, sum_parts
 from dive_fast.ops.linear_cross_entropy.triton_row_kernel import linear_cross_entropy_row_fwd_kernel
-from dive_fast.ops.linear_cross_entropy.types import RowFigures
+from dive_fast.ops.linear_cross_entropy.types import RowFigures, RowInputs
 
 __all__ = ["row_figures", "rows_per_chunk", "scatter_scaled_rows"]
 
@@ -45,79 +46,52 @@ ROWS_THAT_HIDE_THE_HEAD = 266
 
 
 @torch.no_grad()
-def row_figures(
-    hidden,
-    weight,
-    targets,
-    rows,
-    ce_share,
-    kl_share,
-    *,
-    teacher_rows,
-    bias,
-    class_weights,
-    label_smoothing,
-    z_loss,
-    softcap,
-    teacher,
-    logits_dtype,
-    max_workspace_bytes,
-    gradient,
-    stats,
-) -> RowFigures:
-    """Figures and unit-scaled hidden gradient of the rows that count.
+def row_figures(x: RowInputs) -> RowFigures:
+    """Figures and unit-scaled hidden gradient of the rows that count; hidden and weight have one dtype.
 
-    Args:
-        hidden: [T, D]; weight: [V, D], same dtype.
-        targets: [N] int64 in [0, V), of the rows `rows` [N] int64.
-        ce_share, kl_share: [N] float32 (float64), the factors of the two losses in `gradient`. Where both are 0 the
-            gradient is exactly 0 and the figures are arbitrary.
-        teacher: None, hidden states, or `TeacherStatistics` (without softcap), whose rows `teacher_rows` [N] int64
-            belong to the rows.
-
-    The other arguments are those of `linear_cross_entropy`.
+    Teacher statistics go without softcap. Figures of rows whose shares are both 0 are arbitrary.
     """
-    (N,), (V, D) = targets.shape, weight.shape
-    figures = empty_figures(N, hidden, teacher, gradient, stats)
+    N, V, D = x.sizes
+    figures = empty_figures(x)
     if N == 0:
         return figures
-    flags = feature_flags(bias, class_weights, label_smoothing, z_loss, softcap, teacher, kl_share, gradient, stats)
+    flags = feature_flags(x)
     # Rows start on a 128-byte line, for logits and dlogits of two bytes or more.
     stride = math.ceil(V / 64) * 64
-    row_bytes = stride * logits_dtype.itemsize * (1 + flags["HAS_ONLINE_TEACHER"])
-    R = rows_per_chunk(N, D, row_bytes, max_workspace_bytes, multiprocessors(hidden.device))
-    tables = teacher_tables(teacher)
+    row_bytes = stride * x.logits_dtype.itemsize * (1 + flags["HAS_ONLINE_TEACHER"])
+    R = rows_per_chunk(N, D, row_bytes, x.max_workspace_bytes, multiprocessors(x.hidden.device))
+    tables = teacher_tables(x)
     has_tail = flags["HAS_CACHED_TEACHER"] and flags["HAS_KL_GRADIENT"]
     K = tables[3].shape[1] if flags["HAS_CACHED_TEACHER"] else 0
     accumulate = figures.ce.dtype
-    logits = hidden.new_empty(R, stride, dtype=logits_dtype)
+    logits = x.hidden.new_empty(R, stride, dtype=x.logits_dtype)
     teacher_logits = torch.empty_like(logits) if flags["HAS_ONLINE_TEACHER"] else None
-    top_dlogits = hidden.new_empty(R, K, dtype=accumulate) if has_tail else None
-    product = hidden.new_empty(R, D, dtype=accumulate) if has_tail else None
-    c_sum = class_weights.to(accumulate).sum() if class_weights is not None and flags["HAS_SMOOTHING"] else None
-    dlogits = logits.view(hidden.dtype)
+    top_dlogits = x.hidden.new_empty(R, K, dtype=accumulate) if has_tail else None
+    product = x.hidden.new_empty(R, D, dtype=accumulate) if has_tail else None
+    c_sum = class_weight_sum(x)
+    dlogits = logits.view(x.hidden.dtype)
 
     BLOCK_V, registers = block_and_registers(V, flags)
-    with device_of(hidden), _exact_reductions():
+    with device_of(x.hidden), _exact_reductions():
         for start in range(0, N, R):
             chunk = slice(start, min(start + R, N))
             size = chunk.stop - start
-            chunk_hidden = hidden.index_select(0, rows[chunk])
-            chunk_teacher = None if teacher is None else teacher_rows[chunk]
-            _product(chunk_hidden, weight.T, logits[:size, :V])
+            chunk_hidden = x.hidden.index_select(0, x.rows[chunk])
+            chunk_teacher = None if x.teacher is None else x.teacher_rows[chunk]
+            _product(chunk_hidden, x.weight.T, logits[:size, :V])
             if teacher_logits is not None:
-                _product(teacher.index_select(0, chunk_teacher), weight.T, teacher_logits[:size, :V])
+                _product(x.teacher.index_select(0, chunk_teacher), x.weight.T, teacher_logits[:size, :V])
             linear_cross_entropy_row_fwd_kernel[(size,)](
                 logits,
                 dlogits,
                 teacher_logits,
                 chunk_hidden,
                 chunk_teacher,
-                targets[chunk],
-                ce_share[chunk] if gradient else None,
-                kl_share[chunk] if flags["HAS_KL_GRADIENT"] else None,
-                bias,
-                class_weights,
+                x.targets[chunk],
+                x.ce_share[chunk] if x.gradient else None,
+                x.kl_share[chunk] if flags["HAS_KL_GRADIENT"] else None,
+                x.bias,
+                x.class_weights,
                 c_sum,
                 *tables,
                 top_dlogits,
@@ -127,9 +101,9 @@ def row_figures(
                 K,
                 logits.stride(0),
                 dlogits.stride(0),
-                label_smoothing,
-                z_loss,
-                softcap or 0.0,
+                x.label_smoothing,
+                x.z_loss,
+                x.softcap or 0.0,
                 **flags,
                 BLOCK_V=BLOCK_V,
                 BLOCK_D=min(MAX_BLOCK_D, triton.next_power_of_2(D)),
@@ -139,10 +113,10 @@ def row_figures(
             )
             if has_tail:
                 # Kept in the accumulation dtype: the tail's mean is nearly its equal where student and teacher agree.
-                _product(dlogits[:size, :V], weight, product[:size])
-                sum_parts(product[None, :size], figures.gradient[chunk], tables[0], chunk_teacher, kl_share[chunk])
-            elif gradient:
-                _product(dlogits[:size, :V], weight, figures.gradient[chunk])
+                _product(dlogits[:size, :V], x.weight, product[:size])
+                sum_parts(product[None, :size], figures.gradient[chunk], tables[0], chunk_teacher, x.kl_share[chunk])
+            elif x.gradient:
+                _product(dlogits[:size, :V], x.weight, figures.gradient[chunk])
     return figures
 
 

@@ -10,46 +10,52 @@ import triton
 import triton.language as tl
 
 from dive_fast.ops.checks import accumulation_dtype
-from dive_fast.ops.linear_cross_entropy.types import RowFigures, TeacherStatistics
+from dive_fast.ops.linear_cross_entropy.types import RowFigures, RowInputs, TeacherStatistics
 
 # Where a running maximum starts: finite, so that -inf - LOWEST is -inf rather than NaN.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-def feature_flags(
-    bias, class_weights, label_smoothing, z_loss, softcap, teacher, kl_share, gradient, stats
-) -> dict[str, bool]:
+def feature_flags(x: RowInputs) -> dict[str, bool]:
     """Every optional feature of the kernels, as the constexpr that compiles it in."""
     return {
-        "HAS_BIAS": bias is not None,
-        "HAS_CLASS_WEIGHTS": class_weights is not None,
-        "HAS_SMOOTHING": label_smoothing > 0,
-        "HAS_Z_LOSS": z_loss > 0,
-        "HAS_SOFTCAP": softcap is not None,
-        "HAS_ONLINE_TEACHER": isinstance(teacher, torch.Tensor),
-        "HAS_CACHED_TEACHER": isinstance(teacher, TeacherStatistics),
-        "HAS_KL_GRADIENT": gradient and teacher is not None and kl_share is not None,
-        "WANTS_GRADIENT": gradient,
-        "WANTS_STATS": stats,
+        "HAS_BIAS": x.bias is not None,
+        "HAS_CLASS_WEIGHTS": x.class_weights is not None,
+        "HAS_SMOOTHING": x.label_smoothing > 0,
+        "HAS_Z_LOSS": x.z_loss > 0,
+        "HAS_SOFTCAP": x.softcap is not None,
+        "HAS_ONLINE_TEACHER": x.teacher_hidden is not None,
+        "HAS_CACHED_TEACHER": x.statistics is not None,
+        "HAS_KL_GRADIENT": x.gradient and x.teacher is not None and x.kl_share is not None,
+        "WANTS_GRADIENT": x.gradient,
+        "WANTS_STATS": x.stats,
     }
 
 
-def empty_figures(N, hidden, teacher, gradient, stats) -> RowFigures:
+def empty_figures(x: RowInputs) -> RowFigures:
     """Outputs for the kernels to fill."""
-    accumulate = accumulation_dtype(hidden)
+    N, _, D = x.sizes
+    accumulate = accumulation_dtype(x.hidden)
 
     def figure(wanted):
-        return hidden.new_empty(N, dtype=accumulate) if wanted else None
+        return x.hidden.new_empty(N, dtype=accumulate) if wanted else None
 
     return RowFigures(
         ce=figure(True),
-        kl=figure(teacher is not None),
-        lse=figure(stats),
-        log_prob=figure(stats),
-        entropy=figure(stats),
-        correct=hidden.new_empty(N, dtype=torch.bool) if stats else None,
-        gradient=hidden.new_empty(N, hidden.shape[1]) if gradient else None,
+        kl=figure(x.teacher is not None),
+        lse=figure(x.stats),
+        log_prob=figure(x.stats),
+        entropy=figure(x.stats),
+        correct=x.hidden.new_empty(N, dtype=torch.bool) if x.stats else None,
+        gradient=x.hidden.new_empty(N, D) if x.gradient else None,
     )
+
+
+def class_weight_sum(x: RowInputs) -> torch.Tensor | None:
+    """sum_v c_v, 0-d; None where label smoothing does not ask for it."""
+    if x.class_weights is None or not x.label_smoothing:
+        return None
+    return x.class_weights.to(accumulation_dtype(x.hidden)).sum()
 
 
 def device_of(tensor):
@@ -62,11 +68,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def teacher_tables(teacher) -> tuple[torch.Tensor | None, ...]:
+def teacher_tables(x: RowInputs) -> tuple[torch.Tensor | None, ...]:
     """(tail_mean_weight, tail_mass, tail_negative_entropy, top_indices, top_log_probs), contiguous; None without."""
-    if not isinstance(teacher, TeacherStatistics):
-        return (None,) * 5
-    return tuple(table.contiguous() for table in teacher)
+    if x.statistics is None:
+        return (None,) * len(TeacherStatistics._fields)
+    return tuple(table.contiguous() for table in x.statistics)
 
 
 @triton.jit

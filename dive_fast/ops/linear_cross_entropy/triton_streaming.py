@@ -17,6 +17,7 @@ import torch
 import triton
 
 from dive_fast.ops.linear_cross_entropy.triton_common import (
+    class_weight_sum,
     device_of,
     empty_figures,
     feature_flags,
@@ -32,7 +33,7 @@ from dive_fast.ops.linear_cross_entropy.triton_streaming_softmax import (
     linear_cross_entropy_streaming_combine_fwd_kernel,
     linear_cross_entropy_streaming_parts_fwd_kernel,
 )
-from dive_fast.ops.linear_cross_entropy.types import RowFigures
+from dive_fast.ops.linear_cross_entropy.types import RowFigures, RowInputs
 
 COMBINE_SWITCHES = ("HAS_CLASS_WEIGHTS", "HAS_SMOOTHING", "HAS_ONLINE_TEACHER", "HAS_CACHED_TEACHER")
 SWITCHES = ("HAS_BIAS", "HAS_SOFTCAP", *COMBINE_SWITCHES)
@@ -60,52 +61,35 @@ FULL_TILE = Tile(32, 32, 32, warps=4, stages=2)
 
 
 @torch.no_grad()
-def row_figures(
-    hidden,
-    weight,
-    targets,
-    rows,
-    ce_share,
-    kl_share,
-    *,
-    teacher_rows,
-    bias,
-    class_weights,
-    label_smoothing,
-    z_loss,
-    softcap,
-    teacher,
-    logits_dtype,
-    max_workspace_bytes,
-    gradient,
-    stats,
-) -> RowFigures:
+def row_figures(x: RowInputs) -> RowFigures:
     """`row_figures` of the row-chunked form, for float32 and half precision; logits are accumulated in float32.
 
     max_workspace_bytes bounds the float32 gradient parts [S, rows, D], but never below one split of one row.
     """
-    (N,), (V, D) = targets.shape, weight.shape
-    figures = empty_figures(N, hidden, teacher, gradient, stats)
+    N, V, D = x.sizes
+    figures = empty_figures(x)
     if N == 0:
         return figures
-    flags = feature_flags(bias, class_weights, label_smoothing, z_loss, softcap, teacher, kl_share, gradient, stats)
-    tables = teacher_tables(teacher)
-    online = teacher if flags["HAS_ONLINE_TEACHER"] else None
+    flags = feature_flags(x)
+    tables = teacher_tables(x)
+    online = x.teacher_hidden
     K = tables[3].shape[1] if flags["HAS_CACHED_TEACHER"] else 0
-    tile = tile_shape(hidden.dtype, N, V, D)
+    tile = tile_shape(x.hidden.dtype, N, V, D)
     vocabulary_tiles = triton.cdiv(V, tile.v)
-    size, splits = rows_and_splits(N, D, tile.n, vocabulary_tiles, max_workspace_bytes, multiprocessors(hidden.device))
+    size, splits = rows_and_splits(
+        N, D, tile.n, vocabulary_tiles, x.max_workspace_bytes, multiprocessors(x.hidden.device)
+    )
     grid = (triton.cdiv(size, tile.n), splits)
-    parts = hidden.new_empty(splits, PARTS.value, size, dtype=torch.float32)
-    best = hidden.new_empty(splits, size, dtype=torch.int32) if stats else None
-    softmax = hidden.new_empty(4, size, dtype=torch.float32)
-    gradient_parts = hidden.new_empty(splits, size, D, dtype=torch.float32) if gradient else None
-    top_tiles = hidden.new_zeros(*grid, tile.n, tile.v, dtype=torch.float32) if flags["HAS_CACHED_TEACHER"] else None
-    c_sum = class_weights.float().sum() if class_weights is not None and flags["HAS_SMOOTHING"] else None
+    parts = x.hidden.new_empty(splits, PARTS.value, size, dtype=torch.float32)
+    best = x.hidden.new_empty(splits, size, dtype=torch.int32) if x.stats else None
+    softmax = x.hidden.new_empty(4, size, dtype=torch.float32)
+    gradient_parts = x.hidden.new_empty(splits, size, D, dtype=torch.float32) if x.gradient else None
+    top_tiles = x.hidden.new_zeros(*grid, tile.n, tile.v, dtype=torch.float32) if flags["HAS_CACHED_TEACHER"] else None
+    c_sum = class_weight_sum(x)
     sizes = (V, D, K, triton.cdiv(vocabulary_tiles, splits))
-    strides = (*hidden.stride(), *weight.stride(), *((0, 0) if online is None else online.stride()))
+    strides = (*x.hidden.stride(), *x.weight.stride(), *((0, 0) if online is None else online.stride()))
     switches = {name: flags[name] for name in SWITCHES} | {
-        "ROUNDS_LOGITS": logits_dtype != torch.float32,
+        "ROUNDS_LOGITS": x.logits_dtype != torch.float32,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "BLOCK_N": tile.n,
         "BLOCK_V": tile.v,
@@ -114,20 +98,20 @@ def row_figures(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    with device_of(hidden):
+    with device_of(x.hidden):
         for start in range(0, N, size):
             chunk = slice(start, min(start + size, N))
             count = chunk.stop - start
-            chunk_rows, chunk_targets = rows[chunk], targets[chunk]
-            chunk_teacher = None if teacher is None else teacher_rows[chunk]
+            chunk_rows, chunk_targets = x.rows[chunk], x.targets[chunk]
+            chunk_teacher = None if x.teacher is None else x.teacher_rows[chunk]
             chunk_figures = [None if figure is None else figure[chunk] for figure in figures]
-            chunk_kl_share = kl_share[chunk] if flags["HAS_KL_GRADIENT"] else None
+            chunk_kl_share = x.kl_share[chunk] if flags["HAS_KL_GRADIENT"] else None
             blocks = (triton.cdiv(count, tile.n), splits)
-            states = (hidden, weight, online, chunk_rows, chunk_teacher, chunk_targets)
+            states = (x.hidden, x.weight, online, chunk_rows, chunk_teacher, chunk_targets)
             linear_cross_entropy_streaming_parts_fwd_kernel[blocks](
                 *states,
-                bias,
-                class_weights,
+                x.bias,
+                x.class_weights,
                 *tables[3:],
                 top_tiles,
                 parts,
@@ -135,43 +119,43 @@ def row_figures(
                 count,
                 *sizes,
                 *strides,
-                softcap or 0.0,
-                WANTS_STATS=stats,
+                x.softcap or 0.0,
+                WANTS_STATS=x.stats,
                 **switches,
             )
             linear_cross_entropy_streaming_combine_fwd_kernel[(count,)](
                 parts,
                 best,
                 softmax,
-                hidden,
+                x.hidden,
                 chunk_rows,
                 chunk_teacher,
                 chunk_targets,
-                class_weights,
+                x.class_weights,
                 *tables[:3],
                 *chunk_figures[:6],
                 count,
                 V,
                 D,
                 splits,
-                *hidden.stride(),
-                label_smoothing,
-                z_loss,
-                WANTS_STATS=stats,
+                *x.hidden.stride(),
+                x.label_smoothing,
+                x.z_loss,
+                WANTS_STATS=x.stats,
                 HAS_Z_LOSS=flags["HAS_Z_LOSS"],
                 **{name: flags[name] for name in COMBINE_SWITCHES},
                 BLOCK_S=triton.next_power_of_2(splits),
                 BLOCK_D=min(MAX_BLOCK_D, triton.next_power_of_2(D)),
                 num_warps=4,
             )
-            if not gradient:
+            if not x.gradient:
                 continue
             linear_cross_entropy_streaming_gradient_fwd_kernel[blocks](
                 *states,
-                ce_share[chunk],
+                x.ce_share[chunk],
                 chunk_kl_share,
-                bias,
-                class_weights,
+                x.bias,
+                x.class_weights,
                 c_sum,
                 *tables[3:],
                 top_tiles,
@@ -180,9 +164,9 @@ def row_figures(
                 count,
                 *sizes,
                 *strides,
-                label_smoothing,
-                z_loss,
-                softcap or 0.0,
+                x.label_smoothing,
+                x.z_loss,
+                x.softcap or 0.0,
                 HAS_Z_LOSS=flags["HAS_Z_LOSS"],
                 HAS_KL_GRADIENT=flags["HAS_KL_GRADIENT"],
                 **switches,

@@ -52,6 +52,59 @@ class LossStats(NamedTuple):
     counted: torch.Tensor
 
 
+class RowInputs(NamedTuple):
+    """What a backend is given: states and head, the rows that count, and the loss's options.
+
+    Attributes:
+        hidden: [T, D]; weight: [V, D]; unit inner stride.
+        targets: int64 [N], in [0, V).
+        rows: int64 [N], the row of `hidden` of each target.
+        ce_share, kl_share: [N] in the accumulation dtype, the factors of the two losses in the gradient, which is
+            exactly 0 where both are 0; kl_share is None without a teacher.
+        teacher_rows: int64 [N], the row of `teacher` of each target; None without one.
+        teacher: hidden states of some rows, their statistics, or None.
+        bias, class_weights: [V] or None.
+        logits_dtype: the least precision of the logits.
+        max_workspace_bytes: bound on what is held at once, down to a backend's least.
+        gradient: compute `RowFigures.gradient`; stats: compute lse, log_prob, entropy and correct.
+
+    label_smoothing, z_loss and softcap are those of `linear_cross_entropy`.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    targets: torch.Tensor
+    rows: torch.Tensor
+    ce_share: torch.Tensor
+    kl_share: torch.Tensor | None
+    teacher_rows: torch.Tensor | None
+    teacher: torch.Tensor | TeacherStatistics | None
+    bias: torch.Tensor | None
+    class_weights: torch.Tensor | None
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    logits_dtype: torch.dtype
+    max_workspace_bytes: int
+    gradient: bool
+    stats: bool
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, V and D."""
+        return len(self.targets), *self.weight.shape
+
+    @property
+    def statistics(self) -> TeacherStatistics | None:
+        """The teacher where it comes as statistics."""
+        return self.teacher if isinstance(self.teacher, TeacherStatistics) else None
+
+    @property
+    def teacher_hidden(self) -> torch.Tensor | None:
+        """The teacher where it comes as hidden states."""
+        return None if isinstance(self.teacher, TeacherStatistics) else self.teacher
+
+
 class RowFigures(NamedTuple):
     """What a backend computes for the rows it is given, [N] each; None where it was not asked for.
 
