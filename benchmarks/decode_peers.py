@@ -26,6 +26,7 @@ from benchmarks.decode_problems import (
 )
 from dive_fast.decode.native import NativeDecoder
 from dive_fast.decode.plan import DTYPES, Unsupported
+from dive_fast.models.cache_argument import cache_argument
 from dive_fast.models.prefix import run_prefix
 
 GREEDY = {
@@ -139,7 +140,7 @@ class Transformers:
             self.past.update(keys, values, layer)
 
     def __call__(self) -> list[list[int]]:
-        return self._generate(self.problem.new_tokens, past_key_values=self.past)
+        return self._generate(self.problem.new_tokens, **cache_argument(base_model(self.problem), self.past))
 
     def first_token(self) -> None:
         self._generate(1)

@@ -48,7 +48,7 @@ def test_damaged_images(tmp_path):
     assert image_fault(tmp_path, "exists") == ("missing", "not a file")
     assert image_fault(page / "under_a_file.jpg", "exists") == ("missing", "no such file")
     (loop := tmp_path / "loop.jpg").symlink_to(loop)
-    for path, why in ((loop, "Too many levels"), ("a" * 5000, "File name too long"), ("a\0b.jpg", "null byte")):
+    for path, why in ((loop, "Too many levels"), ("a" * 5000, "File name too long"), ("a\0b.jpg", "null ")):
         fault, said = image_fault(path, "exists")
         assert fault == "missing" and why in said
 

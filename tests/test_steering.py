@@ -8,6 +8,7 @@ import torch
 
 from dive_fast import ops
 from dive_fast.errors import InputError
+from dive_fast.models.cache_argument import cache_among, cache_argument
 from dive_fast.models.spec import decoder_of
 from dive_fast.steering import KINDS, DiveConfig, response_positions_from_labels
 from dive_fast.steering.heads import demonstration_share
@@ -123,19 +124,31 @@ def test_cached_loop_written_by_hand_equals_generate():
     mask, cache, ids = batch["attention_mask"], None, batch["input_ids"]
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     for step in range(4):
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        past = {} if cache is None else cache_argument(model.get_base_model(), cache)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, **past, use_cache=True)
         torch.testing.assert_close(out.logits[:, -1], logits[:, step], atol=2e-5, rtol=1e-4)
-        cache, ids = out.past_key_values, tokens[:, step : step + 1]
+        cache, ids = cache_among(out.values()), tokens[:, step : step + 1]
         mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
         positions = positions[:, -1:] + 1
+
+
+@pytest.mark.parametrize("columns", [-1, 1])
+def test_a_mask_that_does_not_fit_cache_and_tokens_is_refused(columns):
+    model, batch = steered("llama"), text_batch()
+    length = batch["input_ids"].shape[1]
+    mask = torch.ones(3, length + columns, dtype=torch.long)
+    with pytest.raises(
+        InputError, match=rf"expected {length} columns .0 cached \+ {length} new., got {length + columns}"
+    ):
+        model(input_ids=batch["input_ids"], attention_mask=mask)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_response_scope_leaves_the_prompt_cache_to_the_base_model(kind):
     model, batch = steered("llama", kind), text_batch()
-    cache = model(**batch, use_cache=True).past_key_values
+    cache = cache_among(model(**batch, use_cache=True).values())
     with model.disable_adapter():
-        base = model(**batch, use_cache=True).past_key_values
+        base = cache_among(model(**batch, use_cache=True).values())
     for ours, theirs in zip(cache.layers, base.layers, strict=True):
         assert torch.equal(ours.keys[:, :, :-1], theirs.keys[:, :, :-1])
     if kind != "heads":  # the last prompt token is steered, and from the second layer on its keys show it

@@ -17,6 +17,7 @@ from dive_fast.decode.prefill import Prefill, Prefilled
 from dive_fast.decode.prefix_cache import PrefixCache
 from dive_fast.decode.stop import token_texts
 from dive_fast.errors import InputError
+from dive_fast.models.cache_argument import NAMES as CACHE_NAMES
 from dive_fast.models.hidden import unwrapped
 from dive_fast.steering import DiveModel
 
@@ -34,7 +35,7 @@ _REQUEST = {
     "forced_logits": 0,
 }
 # What would change the prompt's positions or embeddings behind the engine's back.
-_UNKNOWN = ("inputs_embeds", "position_ids", "past_key_values", "cache_position", "decoder_input_ids")
+_UNKNOWN = ("inputs_embeds", "position_ids", *CACHE_NAMES, "cache_position", "decoder_input_ids")
 
 
 # Tokenizer -> its `token_texts` and the engine's copy of them.

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from dive_fast.models.cache_argument import cache_argument
 from dive_fast.models.hidden import HiddenStates, hidden_states, no_positions, unwrapped
 
 
@@ -79,8 +80,13 @@ def run_prefix(model: nn.Module, inputs: Mapping) -> Prefix:
         # With images the model lays the positions out itself.
         has_images = any(name.endswith("grid_thw") for name in inputs)
         positions = None if has_images else positions.expand(3, *positions.shape)
-    unwrapped(model)(
-        **inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=no_positions(inputs)
+    plain = unwrapped(model)
+    plain(
+        **inputs,
+        **cache_argument(plain, cache),
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=no_positions(inputs),
     )
     deltas = None if owner is None else owner.rope_deltas
     return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), mask, deltas)
@@ -106,11 +112,12 @@ def extend_prefix(
     if _rope_owner(model) is not None:
         positions = (positions if deltas is None else positions + deltas).expand(3, -1, -1)
     mask = torch.cat([before, attention_mask], dim=1)
-    unwrapped(model)(
+    plain = unwrapped(model)
+    plain(
+        **cache_argument(plain, cache),
         input_ids=input_ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=no_positions({"input_ids": input_ids}),
     )
@@ -131,11 +138,12 @@ def continue_prefix(
     positions = count + torch.arange(input_ids.shape[1], device=input_ids.device)
     if _rope_owner(model) is not None:
         positions = (positions if prefix.rope_deltas is None else positions + prefix.rope_deltas).expand(3, -1, -1)
+    cache = Cache(layers=[_ReadOnlyLayer(*pair) for pair in prefix.layers])
     inputs = {
+        **cache_argument(unwrapped(model), cache),
         "input_ids": input_ids,
         "attention_mask": torch.cat([prefix.mask, attention_mask], dim=1),
         "position_ids": positions,
-        "past_key_values": Cache(layers=[_ReadOnlyLayer(*pair) for pair in prefix.layers]),
         **options,
     }
     with _cache_under_checkpointing(model):

@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from dive_fast.errors import InputError
+from dive_fast.models.cache_argument import cache_among
 from dive_fast.models.spec import DECODER_SPECS, decoder_of, spec_of, text_config_of
 from dive_fast.steering.config import DiveConfig
 from dive_fast.steering.heads import check_attention
@@ -183,7 +184,7 @@ class DiveModel(BaseTuner):
             check_attention(decoder.config._attn_implementation)
         tokens = kwargs.get("inputs_embeds")
         tokens = kwargs.get("input_ids", args[0] if args else None) if tokens is None else tokens
-        cache = kwargs.get("past_key_values")
+        cache = cache_among((*args, *kwargs.values()))
         shape = (tokens.shape[0], tokens.shape[1])
         masks = steering_masks(
             {self.peft_config[name].scope for name in acting},
