@@ -184,14 +184,17 @@ def test_rows_without_shares_get_zeros_whatever_they_hold(form, option):
     share = shares(len(rows), torch.float32, True)
     for factor in share:
         factor[[0, 2, 4]] = 0
-    clean = run(form, (hidden, weight, targets, rows), options, share=share)
+    # The streaming form's place of the largest logit: there is none in a row of NaN, for which Triton 3.8's interpreter
+    # raises; a GPU takes any.
+    stats = form == "triton" or DEVICE == "cuda"
+    clean = run(form, (hidden, weight, targets, rows), options, share=share, stats=stats)
     bad = hidden.clone()
     bad[rows[[0, 2, 4]]] = math.nan
     teacher = options["teacher"]
     if isinstance(teacher, TeacherStatistics):
         teacher = teacher._replace(tail_mean_weight=teacher.tail_mean_weight.clone())
         teacher.tail_mean_weight[rows[[0, 2, 4]]] = math.inf
-    spoiled = run(form, (bad, weight, targets, rows), options | {"teacher": teacher}, share=share)
+    spoiled = run(form, (bad, weight, targets, rows), options | {"teacher": teacher}, share=share, stats=stats)
     assert not spoiled["gradient"][[0, 2, 4]].any()
     kept = [row for row in range(len(rows)) if row not in (0, 2, 4)]
     assert all(torch.equal(clean[name][kept], spoiled[name][kept]) for name in clean)
