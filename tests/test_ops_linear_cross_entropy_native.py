@@ -88,6 +88,16 @@ def check(inputs, options, **how):
     return ours
 
 
+def test_the_level_for_bfloat16_is_the_one_that_is_quick_at_it():
+    level = native.load().cpu.linear_cross_entropy_level
+    float32, bfloat16, float16 = range(3)
+    for pair in ((float32, float32), (bfloat16, float32), (float32, bfloat16), (float16, float16)):
+        assert level(*pair) == ISAS[-1]
+    # AMD's processors multiply pairs of bfloat16 at once, Intel's in twice the time.
+    in_pairs = "AMD" in native.load().cpu.brand()
+    assert level(bfloat16, bfloat16) == (ISAS[-1] if in_pairs or "avx512_bf16" not in ISAS else "avx512")
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", spec.DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("option", spec.OPTIONS)

@@ -87,6 +87,13 @@ void bind_linear_cross_entropy(py::module_ m) {
     return dive::cpu::Matrix{pointer<void>(address), stride, static_cast<dive::cpu::DType>(dtype)};
   };
   m.def(
+      "linear_cross_entropy_level",
+      [](int hidden, int weight) {
+        using dive::cpu::DType;
+        return dive::cpu::isa_name(dive::cpu::quickest_isa(static_cast<DType>(hidden), static_cast<DType>(weight)));
+      },
+      "hidden"_a, "weight"_a, "The level that is quickest here for hidden states and a weight of these dtypes.");
+  m.def(
       "linear_cross_entropy",
       [matrix](std::int64_t rows_counted, std::int64_t hidden_size, std::int64_t vocabulary, const MatrixTuple& hidden,
                const MatrixTuple& weight, Address rows, Address targets, Address ce_share, Address kl_share,

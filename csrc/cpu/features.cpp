@@ -72,6 +72,9 @@ Features detect() {
     f.avx512_vnni = bit(extended.ecx, 11);
     f.avx512_bf16 = bit(extended1.eax, 5);
   }
+  const Registers vendor = cpuid(0);  // its name in ebx, edx, ecx: "Auth" "enti" "cAMD"
+  f.bf16_pairs_are_quick =
+      f.avx512_bf16 && vendor.ebx == 0x68747541U && vendor.edx == 0x69746e65U && vendor.ecx == 0x444d4163U;
   if ((states & kTiles) == kTiles && bit(extended.edx, 24)) {
     f.amx_bf16 = bit(extended.edx, 22);
     f.amx_int8 = bit(extended.edx, 25);

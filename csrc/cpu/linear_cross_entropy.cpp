@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/features.h"
 #include "cpu/linear_cross_entropy_kernel.h"
 #include "cpu/thread_pool.h"
 
@@ -324,6 +325,12 @@ void Run::take_marks() {
 }
 
 }  // namespace
+
+Isa quickest_isa(DType hidden, DType weight) {
+  const bool in_pairs = hidden == DType::kBFloat16 && weight == DType::kBFloat16;
+  const Isa best = best_isa();
+  return best == Isa::kAvx512Bf16 && in_pairs && !features().bf16_pairs_are_quick ? Isa::kAvx512 : best;
+}
 
 void linear_cross_entropy(const LinearCrossEntropy& problem) {
   check(problem);

@@ -66,6 +66,9 @@ struct LinearCrossEntropy {
   Isa isa = best_isa();
 };
 
+// The level that is quickest here for matrices of these types.
+Isa quickest_isa(DType hidden, DType weight);
+
 // Computes every output that is not null. Equal arguments, `threads` and `isa` among them, give equal bits. Logits,
 // softmax and sums are float32 or wider; where hidden and weight are bfloat16 and the level multiplies bfloat16, the
 // gradient with respect to the logits is rounded to bfloat16 before it meets the weight.

@@ -21,7 +21,8 @@ def row_figures(x: RowInputs, *, isa: str | None = None, threads: int | None = N
     8 without either).
 
     Args:
-        isa: level of the kernels, a name in `dive_fast._native.cpu.kernel_levels()`; None is the best.
+        isa: level of the kernels, a name in `dive_fast._native.cpu.kernel_levels()`; None is the quickest
+            for these dtypes.
         threads: None is `torch.get_num_threads()`. Equal numbers give equal bits.
 
     Returns:
@@ -49,12 +50,13 @@ def row_figures(x: RowInputs, *, isa: str | None = None, threads: int | None = N
         dtype = torch.int32 if name == "top_indices" else torch.float32
         inputs[name] = None if x.statistics is None else _contiguous(getattr(x.statistics, name), dtype)
     kernels = native.load().cpu
+    hidden, weight = _matrix(x.hidden), _matrix(x.weight)
     kernels.linear_cross_entropy(
         rows_counted=N,
         hidden_size=D,
         vocabulary=V,
-        hidden=_matrix(x.hidden),
-        weight=_matrix(x.weight),
+        hidden=hidden,
+        weight=weight,
         teacher_hidden=NO_MATRIX if x.teacher_hidden is None else _matrix(x.teacher_hidden),
         top_count=0 if x.statistics is None else x.statistics.top_indices.shape[-1],
         label_smoothing=x.label_smoothing,
@@ -62,7 +64,7 @@ def row_figures(x: RowInputs, *, isa: str | None = None, threads: int | None = N
         softcap=x.softcap or 0.0,
         max_workspace_bytes=x.max_workspace_bytes,
         threads=threads or torch.get_num_threads(),
-        isa=isa or kernels.kernel_levels()[-1],
+        isa=isa or kernels.linear_cross_entropy_level(hidden[2], weight[2]),
         **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in inputs.items()},
         **{name: figures[name].data_ptr() if name in figures else 0 for name in RowFigures._fields},
     )
