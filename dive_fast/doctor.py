@@ -13,6 +13,10 @@ from typing import NamedTuple
 from dive_fast import native
 from dive_fast.errors import InputError
 
+BFLOAT16 = {
+    True: "products no slower than float32's",
+    False: "products slower than float32's: train in float32, generate in either",
+}
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "PyYAML", "rich", "pillow", "psutil")
 
 
@@ -55,8 +59,9 @@ def diagnose(probe: bool = False) -> dict:
     Returns:
         "python", "platform": strings. "packages": distribution name -> version, None where missing.
         "extension": {"built", "version", "error"}.
-        "cpu": {"brand", "instruction_sets", "kernel_levels" (lowest first; the last one runs), "logical_cores",
-            "physical_cores"}, from the extension; empty without it.
+        "cpu": {"brand", "instruction_sets", "kernel_levels" (lowest first; the last one runs),
+            "bf16_products_are_quick" (no slower than float32's), "logical_cores", "physical_cores"}, from the
+            extension; empty without it.
         "memory": {"total", "available"} in bytes.
         "cuda": {"built", "archs", "runtime", "driver", "error", "devices"}; a device is {"index", "name", "capability",
         "total_memory" in bytes, "sm_count", "covered": {"ok", "message"}} and, after a probe,
@@ -168,6 +173,7 @@ def _extension(probe: bool) -> tuple[dict, dict, dict]:
         "brand": module.cpu.brand(),
         "instruction_sets": module.cpu.instruction_sets(),
         "kernel_levels": module.cpu.kernel_levels(),
+        "bf16_products_are_quick": module.cpu.bf16_products_are_quick(),
         "logical_cores": cores["logical"],
         "physical_cores": cores["physical"],
     }
@@ -267,6 +273,7 @@ def _machine_rows(d: dict):
             (None, "processor", cpu["brand"] or "unknown"),
             (None, "instruction sets", " ".join(cpu["instruction_sets"]) or "none used here"),
             (None, "kernels run at", cpu["kernel_levels"][-1]),
+            (None, "bfloat16", BFLOAT16[cpu["bf16_products_are_quick"]]),
             (None, "cores", f"{cpu['physical_cores']} physical, {cpu['logical_cores']} logical"),
         ]
     memory = f"{_gib(d['memory']['total'])}, {_gib(d['memory']['available'])} available"

@@ -22,6 +22,7 @@ from dive_fast.arguments import DiveTrainingArguments, training_arguments
 from dive_fast.data import to_records
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.errors import InputError
+from dive_fast.models.backbone import products_are_slow
 from dive_fast.models.spec import text_config_of
 from dive_fast.run_settings import changes, read_settings
 from dive_fast.sharding import any_process
@@ -121,6 +122,11 @@ def train(
         raise InputError(
             "model: some of its weights are offloaded (device_map), and no gradient passes through those; load it "
             "whole, or share it among processes with fsdp"
+        )
+    if products_are_slow(base.dtype, base.device):
+        logger.warning(
+            "model: this processor multiplies bfloat16 more slowly than float32; training is faster with the weights "
+            "in float32 (dtype), which take twice the memory"
         )
     encoder = ReportEncoder(processor, context_length=text_config_of(base).max_position_embeddings)
     encoder.check_lengths([*records, *(eval_records or ())])

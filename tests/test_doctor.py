@@ -36,6 +36,7 @@ def extension_with(devices: list[dict], probe=lambda index: {"status": OK, "elem
             brand=lambda: "Invented Processor",
             instruction_sets=lambda: ["avx2", "fma"],
             kernel_levels=lambda: ["portable"],
+            bf16_products_are_quick=lambda: False,
             cores=lambda: {"logical": 8, "physical": 4},
         ),
         cuda=SimpleNamespace(

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -48,6 +49,17 @@ def test_load_warns_of_other_weights(tmp_path, caplog):
     (folder / "dive_setup.json").unlink()
     dive_fast.load(other, folder)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_dtype_that_trains_slowly_here_is_named(tmp_path, caplog, monkeypatch, quick):
+    cpu = SimpleNamespace(bf16_products_are_quick=lambda: quick)
+    extension = SimpleNamespace(cpu=cpu)
+    monkeypatch.setattr("dive_fast.models.backbone.native", SimpleNamespace(load=lambda: extension))
+    run(tmp_path / "full", tiny_llama(), args={"max_steps": 1})
+    assert not caplog.records
+    run(tmp_path / "half", tiny_llama().bfloat16(), args={"max_steps": 1})
+    assert ("multiplies bfloat16 more slowly than float32" in caplog.text) is not quick
 
 
 def test_transformers_own_arguments_train_alike(tmp_path):

@@ -24,6 +24,8 @@ void bind_cpu(py::module_ m) {
   m.def("brand", &dive::cpu::brand, "Marketing name of the processor.");
   m.def("instruction_sets", &dive::cpu::instruction_sets,
         "Instruction sets usable at run time, named as in /proc/cpuinfo.");
+  m.def("bf16_products_are_quick", &dive::cpu::bf16_products_are_quick,
+        "Whether products of bfloat16 take no longer here than those of float32.");
   m.def(
       "kernel_levels",
       [] {

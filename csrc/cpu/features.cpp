@@ -155,6 +155,14 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
+bool bf16_products_are_quick() {
+#if defined(DIVE_X86)
+  return features().amx_bf16 || features().bf16_pairs_are_quick;
+#else
+  return true;  // not known to be slower
+#endif
+}
+
 std::string brand() {
   std::string text;
 #if defined(DIVE_X86)

@@ -35,6 +35,9 @@ const Features& features();
 // The names of the flags set in features(), spelled as Linux spells them in /proc/cpuinfo ("neon" on AArch64).
 std::vector<std::string> instruction_sets();
 
+// Whether products of bfloat16 take no longer here than those of float32, by whoever uses what the processor has.
+bool bf16_products_are_quick();
+
 // Marketing name of the processor, empty where it offers none.
 std::string brand();
 

@@ -56,7 +56,8 @@ def quick_dtype() -> torch.dtype:
     """bfloat16 where the hardware multiplies it natively, else float32.
 
     Half the bytes are what generating gains from. Training gains where products are faster as well, which Intel's
-    AVX512_BF16 without AMX does not make them: there it is for `dtype="float32"` to make training faster.
+    AVX512_BF16 without AMX does not make them: there it is for `dtype="float32"` to make training faster, as
+    `products_are_slow` says.
     """
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
@@ -65,6 +66,16 @@ def quick_dtype() -> torch.dtype:
     except InputError:
         return torch.float32
     return torch.bfloat16 if sets & {"avx512_bf16", "amx_bf16"} else torch.float32
+
+
+def products_are_slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights of this dtype are multiplied there more slowly than float32 ones; False where it is not known."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    try:
+        return not native.load().cpu.bf16_products_are_quick()
+    except InputError:
+        return False
 
 
 def _load_pretrained(name: str, dtype):
