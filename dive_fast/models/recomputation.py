@@ -32,7 +32,9 @@ def checkpoint_selectively(model: nn.Module) -> None:
     memory, and runs the whole layer twice.
     """
     context = partial(create_selective_checkpoint_contexts, _policy)
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context})
+    # Before transformers 5.23 it went by its other name alone.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": context})
 
 
 def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
