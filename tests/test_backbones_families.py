@@ -21,7 +21,7 @@ from dive_fast.models.processors import load_processor
 from dive_fast.models.spec import text_config_of
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
 from tests.tiny_models import randomize_adapters
-from tests.tiny_processors import TOKENS, tiny_backbone
+from tests.tiny_processors import TOKENS, assert_same_inputs, tiny_backbone
 
 FILMS = generated_films(6)
 REAL_FILMS = Path(__file__).parents[2] / "shared" / "data" / "cxr_pairs"
@@ -96,9 +96,9 @@ def test_saved_it_loads_as_it_was(saved):
     backbone = saved
     model, processor = load_backbone(str(backbone.folder), dtype="float32")
     batch, same = (ReportEncoder(p).prompts(FILMS[:2]) for p in (backbone.processor, processor))
-    assert batch.keys() == same.keys() and all(torch.equal(batch[key], same[key]) for key in batch)
+    assert_same_inputs(batch, same, backbone.processor, processor)
     with torch.no_grad():
-        assert torch.equal(model(**same).logits, backbone.model(**batch).logits)
+        assert torch.equal(model(**batch).logits, backbone.model(**batch).logits)
     assert ReportEncoder(processor).end_token_id == ReportEncoder(backbone.processor).end_token_id
 
 

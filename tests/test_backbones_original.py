@@ -20,6 +20,7 @@ from tests.original_llava import (
     sentencepiece_tokenizer,
     write_original,
 )
+from tests.tiny_processors import assert_same_inputs
 
 FILM = generated_films(1)[0].images[0]
 FORMS = ("safetensors", "safetensors-sharded", "bin", "bin-sharded")
@@ -134,7 +135,7 @@ def test_it_saves_as_an_ordinary_llava(tmp_path):
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "llava"
     record = Record("a", "What?", "clear.", (FILM,))
     batch, same = (ReportEncoder(p).prompts([record]) for p in (processor, other))
-    assert batch.keys() == same.keys() and all(torch.equal(batch[key], same[key]) for key in batch)
+    assert_same_inputs(batch, same, processor, other)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, again(**batch).logits)
 

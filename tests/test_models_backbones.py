@@ -16,6 +16,7 @@ from dive_fast.models.backbone import load_backbone
 from dive_fast.models.smol_llava import build_smol_llava
 from dive_fast.models.smollm2 import is_builtin, load_smollm2
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny_processors import assert_same_inputs
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -276,10 +277,10 @@ def test_llava_saves_and_loads(tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     batch = film_batch(processor, generated_films(2))
-    again = film_batch(AutoProcessor.from_pretrained(tmp_path), generated_films(2))
-    assert batch.keys() == again.keys() and all(torch.equal(value, again[key]) for key, value in batch.items())
+    other = AutoProcessor.from_pretrained(tmp_path)
+    assert_same_inputs(batch, film_batch(other, generated_films(2)), processor, other)
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
-    assert torch.equal(loaded(**again).logits, model(**batch).logits)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
 def test_llava_refuses():

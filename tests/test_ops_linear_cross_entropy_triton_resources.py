@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from tests.triton_resources import SHARED_MEMORY_LIMITS, Request, measure, skip_if_newer_than_pinned
+from tests.triton_resources import SHARED_MEMORY_LIMITS, Request, measure, skip_unless_pinned
 
 pytest.importorskip("triton", reason="kernels are compiled by triton")
 
@@ -135,6 +135,7 @@ def test_three_blocks_of_the_row_kernel_fit_an_sm(features):
         num_warps=row_chunked.MAX_WARPS,
         maxnreg=registers,
     )
+    skip_unless_pinned()
     for key, used in resources.items():
         # 65536 registers over three blocks of 256 threads, in the steps of 8 that they are given out in.
         assert used.registers <= registers <= 80, key
@@ -152,6 +153,7 @@ def test_three_blocks_of_the_row_kernel_fit_an_sm(features):
 )
 def test_kernels_that_only_move_rows_are_small(kernel, features):
     constexprs = {"BLOCK_D": triton_gradient_rows.MAX_BLOCK_D, "num_warps": 4}
+    skip_unless_pinned()
     for key, used in compiled(kernel, features | {"HAS_KL_GRADIENT", "HAS_CACHED_TEACHER"}, **constexprs).items():
         # 65536 registers over the 2048 threads of an SM.
         assert used.registers <= 32, key
@@ -186,6 +188,6 @@ def test_streaming_kernels_fit_an_sm_without_spills(name, dtype, features):
     for (_, capability), used in resources.items():
         assert used.deferred_sums == 0, capability
         assert used.shared_bytes <= SHARED_MEMORY_LIMITS[capability], capability
-    skip_if_newer_than_pinned()
+    skip_unless_pinned()
     for (_, capability), used in resources.items():
         assert used.spill_bytes == 0, capability

