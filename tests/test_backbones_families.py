@@ -1,7 +1,6 @@
 """Vision-language families with their own processors: prompts, images, teachers, training, both engines, what ends."""
 
 import dataclasses
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,18 +43,6 @@ def backbone(request, tmp_path_factory):
         )
 
 
-@pytest.fixture
-def saved(backbone):
-    """A backbone that can be loaded from its folder here."""
-    try:
-        load_backbone(str(backbone.folder))
-    except InputError as error:  # transformers 5.17: Idefics3's and SmolVLM's image processors
-        if find_spec("torchvision") is not None or "torchvision" not in str(error):
-            raise
-        pytest.skip(f"torchvision is not installed, without which this transformers does not load it: {error}")
-    return backbone
-
-
 def image_ids(backbone, ids: torch.Tensor) -> torch.Tensor:
     return ids == backbone.processor.tokenizer.convert_tokens_to_ids(backbone.tokens.image)
 
@@ -92,8 +79,7 @@ def features_of(backbone, records):
     return list(backbone.model.model.get_image_features(**options).pooler_output)
 
 
-def test_saved_it_loads_as_it_was(saved):
-    backbone = saved
+def test_saved_it_loads_as_it_was(backbone):
     model, processor = load_backbone(str(backbone.folder), dtype="float32")
     batch, same = (ReportEncoder(p).prompts(FILMS[:2]) for p in (backbone.processor, processor))
     assert_same_inputs(batch, same, backbone.processor, processor)
@@ -166,8 +152,7 @@ def test_films_matter(backbone):
     assert (logits[0] - logits[1]).abs().max() > 1e-3 and (shots[0] - shots[1]).abs().max() > 1e-3
 
 
-def test_a_teacher_with_films_trains_an_adapter_that_loads(saved, tmp_path):
-    backbone = saved
+def test_a_teacher_with_films_trains_an_adapter_that_loads(backbone, tmp_path):
     result = dive_fast.train(
         str(backbone.folder),
         FILMS[:4],
@@ -247,10 +232,10 @@ def test_folders_that_are_no_backbone(tmp_path):
 
 
 @pytest.mark.parametrize("backbone", ["smolvlm"], indirect=True)
-def test_a_package_that_a_processor_needs_is_named(saved, monkeypatch):
+def test_a_package_that_a_processor_needs_is_named(backbone, monkeypatch):
     monkeypatch.setattr(processing_smolvlm, "num2words", None)
     with pytest.raises(InputError, match="processor of .* needs a package .*pip install num2words"):
-        load_processor(str(saved.folder), AutoConfig.from_pretrained(saved.folder))
+        load_processor(str(backbone.folder), AutoConfig.from_pretrained(backbone.folder))
 
 
 def test_the_context_is_the_text_models(backbone):

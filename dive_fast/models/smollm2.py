@@ -143,7 +143,7 @@ def _read_gguf(source: Path):
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
     tokenizer.model_max_length = MAX_LENGTH
-    # As the file numbers them; transformers 5.17 takes BOS for EOS.
+    # As the file numbers them, which transformers before 5.18 misread.
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     return model, tokenizer
 
