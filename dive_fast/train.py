@@ -123,7 +123,7 @@ def train(
             "model: some of its weights are offloaded (device_map), and no gradient passes through those; load it "
             "whole, or share it among processes with fsdp"
         )
-    if products_are_slow(base.dtype, base.device):
+    if arguments.should_log and products_are_slow(base.dtype, base.device):
         logger.warning(
             "model: this processor multiplies bfloat16 more slowly than float32; training is faster with the weights "
             "in float32 (dtype), which take twice the memory"
