@@ -30,7 +30,7 @@ from dive_fast.data.record import Record
 from dive_fast.decode import GenerateOutput
 from dive_fast.errors import InputError
 from dive_fast.likelihood import report_nll
-from dive_fast.models.backbone import load_backbone
+from dive_fast.models.backbone import load_backbone, products_are_slow
 from dive_fast.models.spec import text_config_of
 from dive_fast.report import result_table, write_report
 from dive_fast.run_settings import changes, read_settings
@@ -207,11 +207,13 @@ def _claim(output: Path, settings: dict) -> None:
 
 def _describe(console: Console, task: Task, budget: Budget) -> None:
     unseen = sum(bool(record.meta.get("unseen_text")) for record in task.held_out)
+    slow = products_are_slow(task.model.dtype, task.model.device)
+    hint = ", which this processor multiplies more slowly than float32: --dtype float32 takes less time" if slow else ""
     console.print(
         f"  Task: tags and indication in, findings out. {len(task.train)} of {len(task.pool.pool)} training reports, "
         f"in {budget.steps} steps of {BATCH_SIZE} for each adapter.\n  {len(task.held_out)} held-out reports; the "
         f"texts of {unseen} of them do not occur in training. The backbone stays frozen "
-        f"({_dtype_name(task)})."
+        f"({_dtype_name(task)}{hint})."
     )
 
 
