@@ -1,7 +1,7 @@
 # Everything happens in .venv beside this file; nothing needs to be installed first but Python, make and a C++ compiler.
 
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dive-fast-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -11,7 +11,7 @@ CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 CORES ?= $(shell nproc 2>/dev/null || echo 2)
 
 # The versions that pip takes: /dev/null for the newest ones, constraints-oldest.txt for the oldest. With VENV beside it.
-CONSTRAINTS ?= constraints.txt
+CONSTRAINTS := constraints.txt
 
 # Extra options for every pip install, for pytest, for the demo, and for gpu-check.
 PIP_ARGS ?=

@@ -15,7 +15,7 @@ from dive_fast.errors import InputError
 
 BFLOAT16 = {
     True: "products no slower than float32's",
-    False: "products slower than float32's: train in float32, generate in either",
+    False: "products slower than float32's: train in float32 where this processor trains",
 }
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "PyYAML", "rich", "pillow", "psutil")
 

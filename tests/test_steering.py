@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from transformers import StaticCache
 
 from dive_fast import ops
 from dive_fast.errors import InputError
@@ -132,15 +133,23 @@ def test_cached_loop_written_by_hand_equals_generate():
         positions = positions[:, -1:] + 1
 
 
-@pytest.mark.parametrize("columns", [-1, 1])
-def test_a_mask_that_does_not_fit_cache_and_tokens_is_refused(columns):
+@pytest.mark.parametrize(("columns", "words"), [(-1, "expected {0} columns"), (1, "no transformers Cache is among")])
+def test_a_mask_that_does_not_fit_cache_and_tokens_is_refused(columns, words):
     model, batch = steered("llama"), text_batch()
     length = batch["input_ids"].shape[1]
     mask = torch.ones(3, length + columns, dtype=torch.long)
-    with pytest.raises(
-        InputError, match=rf"expected {length} columns .0 cached \+ {length} new., got {length + columns}"
-    ):
+    with pytest.raises(InputError, match=f"attention_mask: .*{words.format(length)}"):
         model(input_ids=batch["input_ids"], attention_mask=mask)
+
+
+def test_a_mask_may_be_as_wide_as_a_static_cache():
+    model, batch = steered("llama"), text_batch()
+    base, (rows, length) = model.get_base_model(), batch["input_ids"].shape
+    wide = torch.cat([batch["attention_mask"], batch["attention_mask"].new_zeros(rows, 4)], dim=1)
+    past = cache_argument(base, StaticCache(base.config, length + 4))
+    logits = model(input_ids=batch["input_ids"], attention_mask=wide, **past).logits
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits[real], model(**batch).logits[real], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -185,13 +185,19 @@ class DiveModel(BaseTuner):
         tokens = kwargs.get("inputs_embeds")
         tokens = kwargs.get("input_ids", args[0] if args else None) if tokens is None else tokens
         cache = cache_among((*args, *kwargs.values()))
-        shape = (tokens.shape[0], tokens.shape[1])
+        shape, mask = (tokens.shape[0], tokens.shape[1]), kwargs.get("attention_mask")
+        if cache is None and isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] > shape[1]:
+            # A pass behind a cache that was not found: positions, and with them tokens, would be wrong without a word.
+            raise InputError(
+                f"attention_mask: it has {mask.shape[1]} columns for {shape[1]} tokens, and no transformers Cache is "
+                "among the arguments"
+            )
         masks = steering_masks(
             {self.peft_config[name].scope for name in acting},
             shape,
             device=tokens.device,
             past_length=0 if cache is None else int(cache.get_seq_length()),
-            attention_mask=kwargs.get("attention_mask"),
+            attention_mask=mask,
             response_positions=self._given_positions,
             generation=self._generation,
         )

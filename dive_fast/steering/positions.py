@@ -90,9 +90,8 @@ def _real_tokens(shape, past_length, attention_mask, generation, device) -> torc
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         if attention_mask.shape[1] == length:
             return attention_mask.to(device).bool()
-        # A wider one belongs to a pass behind a cache: if it was not found, positions would be wrong without a word.
-        if attention_mask.shape[1] == past_length + length:
-            return attention_mask[:, past_length:].to(device).bool()
+        if attention_mask.shape[1] >= past_length + length:
+            return attention_mask[:, past_length : past_length + length].to(device).bool()
         raise InputError(
             f"attention_mask: expected {past_length + length} columns ({past_length} cached + {length} new), "
             f"got {attention_mask.shape[1]}"
