@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from dive_fast.devices import on_device, torch_device
 from dive_fast.errors import InputError
 from dive_fast.models.backbone import load_backbone
 from dive_fast.models.fingerprint import model_fingerprint
@@ -113,7 +114,7 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def load(base_or_path, adapter_dir, *, dtype=None) -> peft.PeftModel:
+def load(base_or_path, adapter_dir, *, dtype=None, device=None) -> peft.PeftModel:
     """The base model with a trained adapter, in eval mode.
 
     Where `train`'s note of its weights lies beside the adapter, other weights of the same shape are warned of.
@@ -123,9 +124,12 @@ def load(base_or_path, adapter_dir, *, dtype=None) -> peft.PeftModel:
             as `model.processor`, where `generate` finds it.
         adapter_dir: what `train` wrote.
         dtype: of a model loaded by name.
+        device: "cpu", "cuda:1"; None leaves a given model where it is, and puts one loaded by name on the current GPU
+            where there is one.
 
     Raises:
-        InputError: no adapter there, one that is cut short, one for another base model.
+        InputError: no adapter there, one that is cut short, one for another base model; no such device, or no room on
+            it.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -145,6 +149,8 @@ def load(base_or_path, adapter_dir, *, dtype=None) -> peft.PeftModel:
     processor = None
     if isinstance(base_or_path, str | Path):
         base_or_path, processor = load_backbone(str(base_or_path), dtype=dtype)
+    if processor is not None or device is not None:
+        base_or_path = on_device(base_or_path, torch_device(device))
     try:
         model = peft.PeftModel.from_pretrained(base_or_path, folder, config=config)
     except InputError:

@@ -181,6 +181,8 @@ def generate(args: Namespace) -> int:
     limit = [] if args.limit is None else [f"limit={args.limit}"]
     records = load_counted(config.data_with_options(args.data, [*args.items, *limit]))
     if args.workers is not None:
+        if args.device is not None:
+            raise InputError("--device: workers take what --worker-gpus gives each of them; leave it out")
         count = _generate_by_workers(args, records, output)
     else:
         from dive_fast.predictions import predictions
@@ -217,8 +219,12 @@ def _generate_by_workers(args: Namespace, records: Sequence, output: Path) -> in
 
 
 def _steered_model(args: Namespace):
+    from dive_fast.devices import on_device, torch_device
+
     name = args.model or _trained_on(args.adapter)
+    device = torch_device(args.device)
     model, processor = _backbone(name, args.dtype)
+    model = on_device(model, device)
     if args.adapter:
         from dive_fast import load
 

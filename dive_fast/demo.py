@@ -28,6 +28,7 @@ from dive_fast.data.demonstrations import DemonstrationPool
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.data.record import Record
 from dive_fast.decode import GenerateOutput
+from dive_fast.devices import on_device, torch_device
 from dive_fast.errors import InputError
 from dive_fast.likelihood import report_nll
 from dive_fast.models.backbone import load_backbone, products_are_slow
@@ -181,7 +182,7 @@ def _load(budget: Budget, dtype: str | None) -> Task:
     train_records = load_data("open_i", split="train")
     test = load_data("open_i", split="test")
     model, processor = load_backbone("smollm2", dtype=dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    on_device(model, torch_device(None))
     encoder = ReportEncoder(processor, context_length=text_config_of(model).max_position_embeddings)
     rng = random.Random(budget.seed)
     held_out = rng.sample(test, min(budget.eval_reports, len(test)))
@@ -261,6 +262,7 @@ def _train(console, task: Task, folder: Path, adapter: Adapter, budget: Budget):
             "save_steps": 12,
             "save_total_limit": 1,
             "seed": budget.seed,
+            "use_cpu": task.model.device.type == "cpu",
         },
         resume=True,
     )

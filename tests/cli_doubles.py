@@ -22,13 +22,26 @@ def reports_file(folder: Path) -> Path:
     return lines(folder / "data.jsonl", rows)
 
 
+class StandInModel(str):
+    """A name where a model would be; adapters put on it are added to the name."""
+
+    device = None
+
+    def to(self, device):
+        self.device = device
+        return self
+
+    def __add__(self, adapter):
+        return StandInModel(super().__add__(adapter)).to(self.device)
+
+
 def stand_in_for_load_backbone(monkeypatch) -> list[tuple]:
-    """`load_backbone` gives a name instead of a model; returns the list of calls."""
+    """`load_backbone` gives a StandInModel; returns the list of calls."""
     calls = []
 
     def load(name, *, dtype=None):
         calls.append((name, dtype))
-        return f"model {name}", SimpleNamespace(tokenizer="tokenizer")
+        return StandInModel(f"model {name}"), SimpleNamespace(tokenizer="tokenizer")
 
     monkeypatch.setattr("dive_fast.models.backbone.load_backbone", load)
     return calls

@@ -36,7 +36,7 @@ def generation(monkeypatch, backbone):
 
     def load(model, adapter):
         seen.adapters.append(adapter)
-        return f"{model} + {adapter}"
+        return model + f" + {adapter}"
 
     monkeypatch.setattr(dive_fast, "generate", generate)
     monkeypatch.setattr("dive_fast.predictions.generate", generate)
@@ -49,11 +49,25 @@ def generation(monkeypatch, backbone):
     [
         (["--prompt", " "], "--prompt: expected what the report should be about"),
         (["--data", "DATA", "--output", "DATA/p.jsonl"], "no folder that may be written to"),
+        (["--prompt", "Case", "--device", "gpu"], "device: expected a name such as 'cpu' or 'cuda:0', got 'gpu'"),
+        (
+            ["--data", "DATA", "--output", "p", "--device", "cpu", "--workers", "2"],
+            "workers take what --worker-gpus gives",
+        ),
     ],
 )
 def test_generate_refuses_before_it_loads(generation, backbone, data, capsys, extra, words):
     assert cli.main(["generate", "--model", "m", *(part.replace("DATA", str(data)) for part in extra)]) == 2
     assert words in capsys.readouterr().err and backbone == []
+
+
+@pytest.mark.parametrize(
+    ("gpu", "named", "expected"), [(True, [], "cuda"), (False, [], "cpu"), (True, ["--device", "cpu"], "cpu")]
+)
+def test_generate_runs_on_the_gpu_where_there_is_one(generation, monkeypatch, gpu, named, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    assert cli.main(["generate", "--model", "m", "--prompt", "Case", *named]) == 0
+    assert generation.calls[0].model.device.type == expected
 
 
 def test_generate_says_that_a_folder_holds_no_adapter(tmp_path, data, capsys):

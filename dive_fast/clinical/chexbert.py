@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from dive_fast.clinical import weights as weights_files
-from dive_fast.clinical.settings import check_common, torch_device
+from dive_fast.clinical.settings import check_common
+from dive_fast.devices import torch_device
 from dive_fast.errors import InputError
 
 FILE = "chexbert.pth"

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from dive_fast.clinical import weights as weights_files
 from dive_fast.clinical.annotation_store import AnnotationStore
-from dive_fast.clinical.settings import check_common, torch_device
+from dive_fast.clinical.settings import check_common
 from dive_fast.clinical.tokenizer_methods import tokenizer_methods
+from dive_fast.devices import torch_device
 from dive_fast.errors import InputError
 
 MODEL_TYPES = ("radgraph", "radgraph-xl", "modern-radgraph-xl", "echograph")

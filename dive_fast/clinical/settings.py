@@ -40,23 +40,3 @@ def check_common(weights, device, batch_size) -> None:
         raise InputError(f"batch_size: expected a whole number >= 1, got {batch_size!r}")
     if device is not None and not isinstance(device, str):
         raise InputError(f"device: expected a name such as 'cpu' or 'cuda:0', got {device!r}")
-
-
-def torch_device(name: str | None):
-    """The named device, or a GPU where there is one.
-
-    Raises:
-        InputError: no such device here.
-    """
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device: expected a name such as 'cpu' or 'cuda:0', got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise InputError(f"device: {name!r} is not here, torch sees {count} CUDA devices; use 'cpu' or leave it out")
-    return device

@@ -12,6 +12,7 @@ from dive_fast.config import load_records
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.data.prompt import collapse
 from dive_fast.data.record import Record
+from dive_fast.devices import on_device, torch_device
 from dive_fast.errors import InputError
 from dive_fast.experiment.settings import ExperimentConfig
 from dive_fast.models.backbone import load_backbone
@@ -79,12 +80,10 @@ class Backbone:
     model: torch.nn.Module
     processor: Any
     encoder: ReportEncoder
-    device: torch.device
 
 
 def load_frozen(config: ExperimentConfig) -> Backbone:
     """Raises InputError where there is no such model."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = load_backbone(config.model, dtype=config.dtype)
     encoder = ReportEncoder(processor, context_length=text_config_of(model).max_position_embeddings)
-    return Backbone(model.to(device), processor, encoder, device)
+    return Backbone(on_device(model, torch_device(None)), processor, encoder)

@@ -52,7 +52,7 @@ def rehearse(config: ExperimentConfig, folder: Folder, names: Sequence[str]) -> 
     _check_disk(folder.root, needed)
     return {
         "dtype": str(frozen.model.dtype).removeprefix("torch."),
-        "device": str(frozen.device),
+        "device": str(frozen.model.device),
         "teacher_bytes": needed,
         "systems": found,
     }

@@ -15,6 +15,7 @@ import peft
 from dive_fast.adapters import adapter_settings
 from dive_fast.arguments import DiveTrainingArguments, training_arguments
 from dive_fast.data.record import Record
+from dive_fast.devices import torch_device
 from dive_fast.errors import InputError
 from dive_fast.experiment.settings import KINDS, SHARED, ExperimentConfig, Generation, ancestors
 from dive_fast.steering import DiveConfig
@@ -98,7 +99,9 @@ class System:
 
     def training_settings(self, seed: int, output: Path) -> DiveTrainingArguments:
         """The checked arguments of one seed's training."""
-        return training_arguments({**self.training, "seed": seed, "data_seed": seed}, output)
+        # Without it, transformers would train on what the other stages do not use, such as a Mac's GPU.
+        use_cpu = torch_device(None).type == "cpu"
+        return training_arguments({"use_cpu": use_cpu, **self.training, "seed": seed, "data_seed": seed}, output)
 
     def depends_on_seed(self, generation: Generation) -> bool:
         """Whether two seeds can give different figures."""

@@ -173,7 +173,7 @@ def _train(config, folder, system, seed: int) -> dict:
     arguments = system.training_settings(seed, folder.piece(system.name, seed).adapter)
     arguments.disable_tqdm = not sys.stderr.isatty()
     fingerprint, piece = model_fingerprint(frozen.model), folder.piece(system.name, seed)
-    peak = PeakMemory(frozen.device)
+    peak = PeakMemory(frozen.model.device)
     result = train(
         frozen.model,
         training_records(data.train, arguments, seed),
@@ -223,7 +223,7 @@ def _write(config, folder, system, seed: int | str) -> dict:
     if options["temperature"] > 0:
         options["seed"] = [record_seed(seed, record.id) for record in data.test]
     model = load(frozen.model, piece.adapter) if system.trained else frozen.model
-    peak = PeakMemory(frozen.device)
+    peak = PeakMemory(frozen.model.device)
     output, seconds = measurements.write_reports(model, frozen.processor, data.test, pool, **options)
     needed = peak.bytes()
     nll, tokens = report_nll(
