@@ -123,7 +123,7 @@ def train(
             "model: some of its weights are offloaded (device_map), and no gradient passes through those; load it "
             "whole, or share it among processes with fsdp"
         )
-    if arguments.should_log and products_are_slow(base.dtype, base.device):
+    if arguments.should_log and products_are_slow(base.dtype, arguments.device):
         logger.warning(
             "model: this processor multiplies bfloat16 more slowly than float32; training is faster with the weights "
             "in float32 (dtype), which take twice the memory"
@@ -270,7 +270,7 @@ def _run(trainer: DiveTrainer, output_dir: Path, checkpoint: Path | None) -> Tra
             metrics["seconds_per_step"] = trainer.step_timer.seconds / trainer.step_timer.steps
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    model = _as_loaded(trainer)
     if trainer.args.should_save:
         log = {"metrics": metrics, "history": trainer.state.log_history}
         with _writing(output_dir):
@@ -278,6 +278,18 @@ def _run(trainer: DiveTrainer, output_dir: Path, checkpoint: Path | None) -> Tra
             checkpoints.write_json(output_dir / "dive_result.json", log)
     trainer.accelerator.wait_for_everyone()
     return TrainResult(output_dir, metrics, list(trainer.state.log_history), model)
+
+
+def _as_loaded(trainer: DiveTrainer) -> peft.PeftModel:
+    """The model as `load` gives it, without what training put around its forward passes."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    base = model.get_base_model()
+    if trainer.args.gradient_checkpointing:
+        base.gradient_checkpointing_disable()
+    if trainer.args.gradient_checkpointing or getattr(trainer.args, "selective_checkpointing", False):
+        # The hooks that let gradients begin at the embedding; the decoding engine would refuse to pass them by.
+        base.disable_input_require_grads()
+    return model
 
 
 _interrupted = threading.Event()

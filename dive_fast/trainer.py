@@ -18,6 +18,7 @@ from dive_fast import checkpoints, eval_reports, ops, sharding
 from dive_fast.data.collator import IGNORED, ReportCollator
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.data.record import Record
+from dive_fast.devices import sum_dtype
 from dive_fast.errors import InputError
 from dive_fast.likelihood import batch_nll, batch_states
 from dive_fast.models.recomputation import checkpoint_selectively
@@ -96,7 +97,8 @@ class DiveTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        weights = sum(batch["target_weights"].double().sum() for batch in batches)
+        dtype = sum_dtype(device)
+        weights = sum(batch["target_weights"].to(dtype).sum() for batch in batches)
         tokens = sum(len(batch["predictors"]) for batch in batches)
         if self.supervision.needs_disagreement:
             lengths = (n for batch in batches for n in (batch["targets"] != IGNORED).sum(dim=1).tolist())
@@ -104,7 +106,7 @@ class DiveTrainer(Trainer):
             weights = weights + sum(
                 float(disagreement_weights(torch.zeros(n), fraction, weight).sum()) for n in lengths
             )
-        totals = torch.stack([weights.to(device), torch.full((), tokens, dtype=torch.float64, device=device)])
+        totals = torch.stack([weights.to(device), torch.full((), tokens, dtype=dtype, device=device)])
         if self.args.world_size > 1:
             totals = self.accelerator.gather(totals).view(-1, 2).sum(dim=0)
         return batches, totals
@@ -121,7 +123,7 @@ class DiveTrainer(Trainer):
             weights = weights.flatten().index_add(0, rows, extra).view(weights.shape)
         totals = num_items_in_batch
         if totals is None:
-            totals = torch.stack([weights.double().sum(), weights.new_tensor(len(rows)).double()])
+            totals = torch.stack([weights.to(sum_dtype(weights.device)).sum(), weights.new_tensor(len(rows))])
         weight_sum, tokens = totals.to(torch.float32)
         distill = taught is not None and settings.kl_weight > 0
         loss = ops.linear_cross_entropy(
@@ -187,7 +189,7 @@ class DiveTrainer(Trainer):
             with self._lockstep():
                 sums = batch_nll(model, self._prepare_inputs(batch))
             sums, counts = self.accelerator.gather_for_metrics(sums)
-            nll, tokens = nll + sums.double().sum().item(), tokens + counts.sum().item()
+            nll, tokens = nll + sums.cpu().double().sum().item(), tokens + counts.sum().item()
         loss = nll / max(tokens, 1)
         metrics = {
             f"{metric_key_prefix}_loss": loss,

@@ -29,7 +29,7 @@ def model_fingerprint(model: nn.Module, *, any_dtype: bool = False) -> str:
             values = values.bfloat16()
         dtype = "" if any_dtype else f"{tensor.dtype} "
         digest.update(f"{name} {tuple(tensor.shape)} {dtype}".encode())
-        digest.update(values.double().cpu().numpy().tobytes())
+        digest.update(values.cpu().double().numpy().tobytes())
     return digest.hexdigest()
 
 

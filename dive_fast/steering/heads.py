@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dive_fast.errors import InputError
+from dive_fast.ops.precision import own_precision
 from dive_fast.steering.positions import STEERING_KWARG
 
 HEADS_ATTENTION = "dive_heads"
@@ -31,6 +32,7 @@ def check_attention(implementation: str) -> None:
         )
 
 
+@own_precision
 def demonstration_share(query, key, attention_mask, scaling, head_query, head_bias) -> torch.Tensor:
     """mu [B, T, H] in float32 = sigmoid(log Z1 - log Z2).
 

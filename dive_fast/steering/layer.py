@@ -145,6 +145,8 @@ class DiveLayer(nn.Module, BaseTunerLayer):
 
     def add(self, residual, update, call: SteeringCall | None, site: str) -> torch.Tensor:
         """`residual + update`, steered by every adapter of this site in the order of activation."""
+        if update is not None and update.dtype != residual.dtype:  # under autocast: added as by the layer's own forward
+            residual, update = residual + update, None
         for name, rows in () if call is None else self.adapters_of(call):
             config = self.configs[name]
             if config.site != site or config.kind == "heads":

@@ -9,6 +9,7 @@ from dive_fast.ops.backend import select_backend
 from dive_fast.ops.checks import accumulation_dtype
 from dive_fast.ops.linear_cross_entropy import checks, library, reference
 from dive_fast.ops.linear_cross_entropy.types import TOP_TOKENS, LossStats, TeacherStatistics
+from dive_fast.ops.precision import own_precision
 
 __all__ = ["DEFAULT_WORKSPACE_BYTES", "LossStats", "TeacherStatistics", "linear_cross_entropy", "teacher_statistics"]
 
@@ -17,6 +18,7 @@ __all__ = ["DEFAULT_WORKSPACE_BYTES", "LossStats", "TeacherStatistics", "linear_
 DEFAULT_WORKSPACE_BYTES = 512 * 2**20
 
 
+@own_precision
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -210,6 +212,7 @@ def _referred(hidden, weight, targets, token_weights, rows, teacher, denominator
     )
 
 
+@own_precision
 def teacher_statistics(
     hidden: torch.Tensor,
     weight: torch.Tensor,

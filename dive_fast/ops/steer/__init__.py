@@ -9,11 +9,13 @@ import torch
 
 from dive_fast.ops.backend import select_backend
 from dive_fast.ops.checks import DTYPES, check_device, check_tensor, wrong
+from dive_fast.ops.precision import own_precision
 from dive_fast.ops.steer import library, reference
 
 __all__ = ["steer"]
 
 
+@own_precision
 def steer(
     residual: torch.Tensor,
     update: torch.Tensor | None = None,
@@ -46,7 +48,7 @@ def steer(
         where mask is False: h' = h
 
     `h` is rounded to residual's dtype, everything after it is float32 (float64 for a float64 residual) up to the
-    rounding of h'. An adapter with up = 0 and static = 0 is an exact no-op.
+    rounding of h', also under autocast. An adapter with up = 0 and static = 0 is an exact no-op.
 
     Args:
         residual: the residual stream [..., D]; float16, bfloat16, float32 or float64.
