@@ -12,8 +12,8 @@ from pathlib import Path
 from benchmarks.gpu_process import until_interrupted
 
 ROOT = Path(__file__).parents[1]
-# They provoke waiting on purpose or compile dozens of kernels, which takes minutes under the sanitizer.
-NOT_SANITIZED = "not nothing_waits"
+# They provoke waiting on purpose, compile dozens of kernels, which takes minutes under the sanitizer, or run torch's.
+NOT_SANITIZED = "not nothing_waits and not test_train_gpu"
 
 
 @dataclass(frozen=True)
