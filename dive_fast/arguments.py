@@ -74,8 +74,13 @@ class DiveTrainingArguments(TrainingArguments):
         _check_ranges(self)
 
 
-def training_arguments(args: Mapping | TrainingArguments | None, output_dir: Path) -> TrainingArguments:
+def training_arguments(
+    args: Mapping | TrainingArguments | None, output_dir: Path, *, spread: bool = False
+) -> TrainingArguments:
     """`args` as an object, checked, with the output folder.
+
+    Args:
+        spread: one process uses several GPUs, over which the model is spread.
 
     Raises:
         InputError: an unknown name (with the nearest), a value of the wrong type or out of range, several visible GPUs.
@@ -98,10 +103,11 @@ def training_arguments(args: Mapping | TrainingArguments | None, output_dir: Pat
             raise InputError(f"args: {error}") from error
     if arguments.fsdp:
         sharding.take_over(arguments)
-    if arguments.n_gpu > 1:
+    if arguments.n_gpu > 1 and not spread:
         raise InputError(
             f"args: {arguments.n_gpu} GPUs are visible to one process; start one process per GPU with "
-            "`torchrun --nproc-per-node N` or `accelerate launch`, or show it one with CUDA_VISIBLE_DEVICES=0"
+            "`torchrun --nproc-per-node N` or `accelerate launch`, show it one with CUDA_VISIBLE_DEVICES=0, or give it "
+            "a model that was loaded over all of them with device_map='auto'"
         )
     return arguments
 

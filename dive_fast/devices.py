@@ -35,6 +35,11 @@ def torch_device(name: str | None) -> torch.device:
     return device
 
 
+def is_spread(model) -> bool:
+    """Whether it is a model whose parameters lie on several devices, as with device_map="auto"."""
+    return hasattr(model, "parameters") and len({parameter.device for parameter in model.parameters()}) > 1
+
+
 def sum_dtype(device: torch.device) -> torch.dtype:
     """The widest dtype that it adds up in: float64, which Apple's GPUs have not."""
     import torch

@@ -56,16 +56,17 @@ def batch_nll(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = lm_head_of(base)
     states = batch_states(model, batch)
+    targets, rows = (batch[name].to(states.final.device) for name in ("targets", "predictors"))
     losses = ops.linear_cross_entropy(
         states.final,
         head.weight,
-        batch["targets"],
-        rows=batch["predictors"],
+        targets,
+        rows=rows,
         bias=head.bias,
         softcap=logit_softcap_of(base),
         reduction="none",
     )
-    return losses.sum(dim=1), (batch["targets"] != IGNORED).sum(dim=1)
+    return losses.sum(dim=1), (targets != IGNORED).sum(dim=1)
 
 
 def report_nll(

@@ -21,6 +21,7 @@ from dive_fast.adapters import SETUP_FILE, adapted, adapter_settings, base_setti
 from dive_fast.arguments import DiveTrainingArguments, training_arguments
 from dive_fast.data import to_records
 from dive_fast.data.encoding import ReportEncoder
+from dive_fast.devices import is_spread
 from dive_fast.errors import InputError
 from dive_fast.models.backbone import products_are_slow
 from dive_fast.models.spec import text_config_of
@@ -111,7 +112,7 @@ def train(
     supervision = supervision or Supervision()
     if teacher is None and supervision.needs_disagreement:
         raise InputError("tagger: 'disagreement' compares teacher and zero-shot model; give a teacher")
-    arguments = training_arguments(args, output_dir)
+    arguments = training_arguments(args, output_dir, spread=is_spread(model_or_path))
     set_seed(arguments.seed)
     # The first process fills the tagger's cache, the others find it filled.
     with arguments.main_process_first(desc="tagging"):

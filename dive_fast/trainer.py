@@ -113,23 +113,25 @@ class DiveTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This process's share of the step's loss; the shares of all micro-batches and processes add up to it."""
-        settings, rows, weights = self.supervision, inputs["predictors"], inputs["target_weights"]
+        settings = self.supervision
         align = settings.align_weight > 0 and self.teacher is not None
         with self._lockstep():
             taught = None if self.teacher is None else [self.teacher.targets(record) for record in inputs["records"]]
             states = batch_states(model, inputs, layers=align, store=self.prompt_store)
+        tensors = (inputs[name] for name in ("targets", "predictors", "target_weights"))
+        targets, rows, weights = (tensor.to(states.final.device) for tensor in tensors)
         if settings.needs_disagreement:
             extra = self._disagreement(taught).to(weights)
             weights = weights.flatten().index_add(0, rows, extra).view(weights.shape)
         totals = num_items_in_batch
         if totals is None:
             totals = torch.stack([weights.to(sum_dtype(weights.device)).sum(), weights.new_tensor(len(rows))])
-        weight_sum, tokens = totals.to(torch.float32)
+        weight_sum, tokens = totals.to(weights.device, torch.float32)
         distill = taught is not None and settings.kl_weight > 0
         loss = ops.linear_cross_entropy(
             states.final,
             self.head.weight,
-            inputs["targets"],
+            targets,
             weights,
             rows=rows,
             bias=self.head.bias,
@@ -141,7 +143,7 @@ class DiveTrainer(Trainer):
         if align:
             loss = loss + settings.align_weight * self._misalignment(states.layers, rows, taught) / tokens
         # Data parallelism averages gradients over processes; the totals above already count all of them.
-        loss = loss * self.accelerator.num_processes
+        loss = loss.to(inputs["targets"].device) * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
     def _lockstep(self):
@@ -161,10 +163,11 @@ class DiveTrainer(Trainer):
     @staticmethod
     def _misalignment(layers: list[torch.Tensor], rows: torch.Tensor, taught: list[TeacherTargets]) -> torch.Tensor:
         """sum_t mean_l |h_lt - teacher h_lt|^2 / D, in float32."""
-        teacher = torch.cat([t.layers for t in taught], dim=1).to(layers[0].device)
-        total = torch.zeros((), device=layers[0].device)
+        teacher = torch.cat([t.layers for t in taught], dim=1).to(rows.device)
+        total = torch.zeros((), device=rows.device)
         for student, target in zip(layers, teacher, strict=True):
-            difference = student.flatten(0, 1).index_select(0, rows).float() - target.float()
+            steered = student.flatten(0, 1).index_select(0, rows.to(student.device)).to(rows.device)
+            difference = steered.float() - target.float()
             total = total + difference.square().mean(dim=-1).sum()
         return total / len(layers)
 

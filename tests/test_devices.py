@@ -1,13 +1,18 @@
-"""Where models run, and what is said of devices that are not here or too small."""
+"""Where models run, also on several devices, and what is said of devices that are not here or too small."""
 
+import accelerate
 import peft
 import pytest
 import torch
 
 import dive_fast
-from dive_fast.devices import on_device, torch_device
+from dive_fast.arguments import DiveTrainingArguments, training_arguments
+from dive_fast.devices import is_spread, on_device, torch_device
 from dive_fast.errors import InputError
-from dive_fast.models.tiny import tiny_llama
+from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
+from dive_fast.steering.positions import SteeringCall
+from tests.tiny_models import randomize_adapters
+from tests.training_runs import RECORDS
 
 
 @pytest.mark.parametrize(
@@ -53,3 +58,52 @@ def test_load_moves_what_it_loads_and_what_it_is_told_to(monkeypatch, tmp_path):
     assert moved == ["cpu"]
     assert dive_fast.load("named", tmp_path).processor == "processor"
     assert moved == ["cpu", torch_device(None).type]
+
+
+@pytest.mark.parametrize("kind", ["lowrank", "heads"])
+@pytest.mark.parametrize("adapter_first", [True, False])
+def test_a_model_behind_accelerates_hooks_is_steered(kind, adapter_first):
+    """As with device_map="auto", whose hooks call a forward that they keep."""
+
+    def hooked(model):
+        parts = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+        return accelerate.dispatch_model(model, dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
+
+    def steered(model):
+        model = peft.get_peft_model(model, dive_fast.DiveConfig(kind=kind, r=4)).eval()
+        randomize_adapters(model)
+        return model
+
+    def written(model):
+        output = dive_fast.generate(model, RECORDS[:3], processor=tiny_tokenizer(), max_new_tokens=8)
+        return [row.tolist() for row in output.sequences]
+
+    expected, base = written(steered(tiny_llama())), written(tiny_llama())
+    if adapter_first:
+        model = steered(tiny_llama())
+        hooked(model.get_base_model())
+    else:
+        model = steered(hooked(tiny_llama()))
+    assert written(model) == expected != base
+    assert written(model.unload()) == base
+
+
+def test_masks_follow_the_layers():
+    mask, rows = torch.tensor([[True, False]]), torch.tensor([0])
+    call = SteeringCall({"response": mask, "all": None}, {"default": rows})
+    there = call.on(torch.device("meta"))
+    assert there.masks["response"].is_meta and there.masks["all"] is None and there.rows["default"].is_meta
+    assert call.on(torch.device("meta")) is there and call.on(mask.device) is call
+    nothing = SteeringCall({"all": None})
+    assert nothing.on(torch.device("meta")) is nothing
+
+
+def test_several_gpus_are_for_several_processes_or_a_model_over_all_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(DiveTrainingArguments, "n_gpu", 2)
+    with pytest.raises(InputError, match="2 GPUs are visible to one process.*device_map='auto'"):
+        training_arguments({}, tmp_path)
+    model = tiny_llama()
+    assert not is_spread(model) and not is_spread("smollm2")
+    model.lm_head = torch.nn.Linear(8, 8, device="meta")
+    assert is_spread(model)
+    training_arguments({}, tmp_path, spread=is_spread(model))

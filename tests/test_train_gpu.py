@@ -4,6 +4,7 @@ import copy
 import shutil
 from dataclasses import replace
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -124,3 +125,21 @@ def test_likelihood(tmp_path):
     there, counts = report_nll(model, RECORDS[:5], encoder)
     here, same_counts = report_nll(model.cpu(), RECORDS[:5], encoder)
     assert there == pytest.approx(here, rel=1e-4) and counts == same_counts
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", ["lowrank", "heads", "alignment", "disagreement", "kept prompts", "evaluation"])
+def test_a_model_over_two_gpus(tmp_path, name):
+    """As with device_map="auto"."""
+    model = tiny_llama(tie_word_embeddings=False)
+    first = ("model.embed_tokens", "model.rotary_emb", "model.layers.0")
+    last = ("model.layers.1", "model.norm", "lm_head")
+    spread = accelerate.dispatch_model(copy.deepcopy(model), dict.fromkeys(first, 0) | dict.fromkeys(last, 1))
+    results = [on(device, tmp_path, model=m, **RUNS[name]) for device, m in (("cpu", model), (DEVICE, spread))]
+    assert {parameter.device.index for parameter in results[1].model.parameters()} == {0, 1}
+    assert losses(results[1]) == pytest.approx(losses(results[0]), rel=1e-4)
+    texts = [
+        dive_fast.generate(result.model, RECORDS[:5], processor=tiny_tokenizer(), max_new_tokens=8).texts
+        for result in results
+    ]
+    assert texts[0] == texts[1]

@@ -11,6 +11,10 @@ from torch import nn
 
 from dive_fast.models.spec import decoder_of
 
+NO_POSITIONS = slice(0, 0)
+"""For a model's `logits_to_keep`: none. For a single position per row torch would copy the head for every row; and an
+empty tensor of positions would have to lie where the states do, which of a model over several devices nobody knows."""
+
 
 @dataclass
 class HiddenStates:
@@ -38,16 +42,14 @@ def hidden_states(model: nn.Module, inputs: Mapping, *, layers: bool = False) ->
             for layer in decoder.layers
         ]
     try:
-        model(**inputs, use_cache=False, logits_to_keep=no_positions(inputs))
+        model(**inputs, use_cache=False, logits_to_keep=NO_POSITIONS)
     finally:
         for handle in handles:
             handle.remove()
+    head = unwrapped(model).get_output_embeddings()
+    if head is not None:  # the last of the devices that a model may lie on
+        states.final = states.final.to(head.weight.device)
     return states
-
-
-def no_positions(inputs: Mapping) -> torch.Tensor:
-    """For `logits_to_keep`: none. For a single position per row torch would copy the head for every row."""
-    return torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from dive_fast.models.cache_argument import cache_argument
-from dive_fast.models.hidden import HiddenStates, hidden_states, no_positions, unwrapped
+from dive_fast.models.hidden import NO_POSITIONS, HiddenStates, hidden_states, unwrapped
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class _ReadOnlyLayer(DynamicLayer):
         self.keys, self.values, self.is_initialized = keys, values, True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+        keys, values = self.keys.to(key_states.device), self.values.to(value_states.device)
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
 @torch.no_grad()
@@ -86,9 +87,9 @@ def run_prefix(model: nn.Module, inputs: Mapping) -> Prefix:
         **cache_argument(plain, cache),
         position_ids=positions,
         use_cache=True,
-        logits_to_keep=no_positions(inputs),
+        logits_to_keep=NO_POSITIONS,
     )
-    deltas = None if owner is None else owner.rope_deltas
+    deltas = None if owner is None or owner.rope_deltas is None else owner.rope_deltas.to(mask.device)
     return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), mask, deltas)
 
 
@@ -119,7 +120,7 @@ def extend_prefix(
         attention_mask=mask,
         position_ids=positions,
         use_cache=True,
-        logits_to_keep=no_positions({"input_ids": input_ids}),
+        logits_to_keep=NO_POSITIONS,
     )
     return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), mask, deltas)
 

@@ -6,6 +6,7 @@ code tells by class or name) stays the layer's own.
 """
 
 import functools
+import types
 
 import torch
 from torch import nn
@@ -39,13 +40,20 @@ def _steered_class(cls: type) -> type:
 def steer_inside(layer: nn.Module) -> None:
     """Give `layer`, which has a `steering` child, the forward above; nothing happens the second time."""
     if not _is_steered(type(layer)):
-        layer.__class__ = _steered_class(type(layer))
+        _change_class(layer, _steered_class(type(layer)))
 
 
 def steer_no_more(layer: nn.Module) -> None:
     """Give `layer` its own class back."""
     if _is_steered(type(layer)):
-        layer.__class__ = type(layer).__mro__[1]
+        _change_class(layer, type(layer).__mro__[1])
+
+
+def _change_class(layer: nn.Module, cls: type) -> None:
+    layer.__class__ = cls
+    # Where a model is spread over devices, accelerate keeps the layer's forward to call it behind its hook.
+    if "_old_forward" in vars(layer):
+        layer._old_forward = types.MethodType(cls.forward, layer)
 
 
 def _is_steered(cls: type) -> bool:

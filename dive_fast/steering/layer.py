@@ -147,6 +147,7 @@ class DiveLayer(nn.Module, BaseTunerLayer):
         """`residual + update`, steered by every adapter of this site in the order of activation."""
         if update is not None and update.dtype != residual.dtype:  # under autocast: added as by the layer's own forward
             residual, update = residual + update, None
+        call = None if call is None else call.on(residual.device)
         for name, rows in () if call is None else self.adapters_of(call):
             config = self.configs[name]
             if config.site != site or config.kind == "heads":
@@ -214,6 +215,7 @@ class DiveLayer(nn.Module, BaseTunerLayer):
     def push_heads(self, output, query, key, attention_mask, scaling, call: SteeringCall) -> torch.Tensor:
         """Attention output [B, T, H, head_dim] plus mu * v per head at the steered positions."""
         call.visits += 1
+        call = call.on(output.device)
         for name, rows in self.adapters_of(call):
             config = self.configs[name]
             if config.kind != "heads":

@@ -41,6 +41,18 @@ class SteeringCall:
     masks: dict[str, torch.Tensor | None]
     rows: dict[str, torch.Tensor] | None = None
     visits: int = field(default=0, compare=False)
+    _elsewhere: dict[torch.device, "SteeringCall"] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> "SteeringCall":
+        """The same with its tensors on `device`, for the layers of a model that lies on several."""
+        tensors = [mask for mask in self.masks.values() if mask is not None] + list((self.rows or {}).values())
+        if not tensors or tensors[0].device == device:
+            return self
+        if device not in self._elsewhere:
+            masks = {scope: None if mask is None else mask.to(device) for scope, mask in self.masks.items()}
+            rows = None if self.rows is None else {name: index.to(device) for name, index in self.rows.items()}
+            self._elsewhere[device] = SteeringCall(masks, rows)
+        return self._elsewhere[device]
 
 
 def response_positions_from_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:

@@ -160,7 +160,7 @@ class TeacherRunner:
             else:
                 tensors = {"final": states.final}
             if self.layers:
-                tensors["layers"] = torch.stack(states.layers)
+                tensors["layers"] = torch.stack([layer.to(states.final.device) for layer in states.layers])
             if self.disagreement:
                 alone = self._response_states(self.encoder.prompts([record]), response)
                 tensors["disagreement"] = self._divergence(tensors, alone.final, response)
