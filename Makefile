@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # For `make sanitize`: the machine's own, or the one that the test extra brings.
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
-CORES ?= $(shell nproc 2>/dev/null || echo 2)
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
 # The versions that pip takes: /dev/null for the newest ones, constraints-oldest.txt for the oldest. With VENV beside it.
 CONSTRAINTS := constraints.txt

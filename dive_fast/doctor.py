@@ -16,6 +16,7 @@ from dive_fast.errors import InputError
 BFLOAT16 = {
     True: "products no slower than float32's",
     False: "products slower than float32's: train in float32 where this processor trains",
+    None: "not known whether products are slower than float32's",
 }
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "PyYAML", "rich", "pillow", "psutil")
 
@@ -60,8 +61,8 @@ def diagnose(probe: bool = False) -> dict:
         "python", "platform": strings. "packages": distribution name -> version, None where missing.
         "extension": {"built", "version", "error"}.
         "cpu": {"brand", "instruction_sets", "kernel_levels" (lowest first; the last one runs),
-            "bf16_products_are_quick" (no slower than float32's), "logical_cores", "physical_cores"}, from the
-            extension; empty without it.
+            "bf16_products_are_quick" (no slower than float32's; None where that is not known), "logical_cores",
+            "physical_cores"}, from the extension; empty without it.
         "memory": {"total", "available"} in bytes.
         "cuda": {"built", "archs", "runtime", "driver", "error", "devices"}; a device is {"index", "name", "capability",
         "total_memory" in bytes, "sm_count", "covered": {"ok", "message"}} and, after a probe,

@@ -25,7 +25,7 @@ void bind_cpu(py::module_ m) {
   m.def("instruction_sets", &dive::cpu::instruction_sets,
         "Instruction sets usable at run time, named as in /proc/cpuinfo.");
   m.def("bf16_products_are_quick", &dive::cpu::bf16_products_are_quick,
-        "Whether products of bfloat16 take no longer here than those of float32.");
+        "Whether products of bfloat16 take no longer here than those of float32; None where it is not known.");
   m.def(
       "kernel_levels",
       [] {

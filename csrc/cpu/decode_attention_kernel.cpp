@@ -7,12 +7,8 @@ namespace {
 
 constexpr int kPositions = kCacheBlock;
 
-// Vectors of a head's columns in a tile with up to 4 query heads: 16 sums with AVX-512, 8 without.
-#if defined(__AVX512F__)
-constexpr int kColumnTile = 4;
-#else
-constexpr int kColumnTile = 2;
-#endif
+// Vectors of a head's columns in a tile with up to 4 query heads: 16 sums, or 8 where registers are few.
+constexpr int kColumnTile = kManyRegisters ? 4 : 2;
 
 // scores[h][s] of `count` positions for `heads` query heads, the exponent's argument but for the largest score; -inf
 // in the positions after them.

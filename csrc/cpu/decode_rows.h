@@ -16,12 +16,17 @@ struct Int8 {
 typedef std::int8_t vb __attribute__((vector_size(kLanes)));
 
 inline vf load(const Int8* p) {
-  // GCC 12 makes dozens of instructions of a conversion from 8 to 32 bits that is one.
+  // GCC 12 makes dozens of instructions of a conversion from 8 to 32 bits that is one, or two.
 #if defined(__AVX512F__)
   const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return (vf)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, narrow));
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+  std::uint32_t four;
+  std::memcpy(&four, p, sizeof four);
+  const int8x8_t narrow = vreinterpret_s8_u32(vdup_n_u32(four));
+  return (vf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(narrow))));
 #else
   vb narrow;
   std::memcpy(&narrow, p, sizeof narrow);
@@ -87,12 +92,6 @@ struct Ahead {
 // Into L2: L1 has no room for what is read so much later. Inlined early, or GCC would drop the call of a function that
 // computes nothing.
 [[gnu::always_inline]] inline void ask_for_line(const char* line) { __builtin_prefetch(line, 0, 2); }
-
-#if defined(__AVX512F__)
-inline constexpr bool kManyRegisters = true;  // 32 of them
-#else
-inline constexpr bool kManyRegisters = false;  // 16
-#endif
 
 // Rows of x that meet a weight together: their arithmetic is done while the next weights come, that of further rows is
 // not. At most kBatchTile of them; kFew where registers or L1 hold no more.

@@ -17,6 +17,8 @@
 
 #include <cerrno>
 #include <memory>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace dive::cpu {
@@ -155,11 +157,11 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-bool bf16_products_are_quick() {
+std::optional<bool> bf16_products_are_quick() {
 #if defined(DIVE_X86)
   return features().amx_bf16 || features().bf16_pairs_are_quick;
 #else
-  return true;  // not known to be slower
+  return std::nullopt;
 #endif
 }
 
@@ -175,6 +177,10 @@ std::string brand() {
       }
     }
   }
+#elif defined(__APPLE__)
+  char name[128];
+  std::size_t size = sizeof name;
+  if (sysctlbyname("machdep.cpu.brand_string", name, &size, nullptr, 0) == 0) text = name;
 #endif
   const auto first = text.find_first_not_of(' ');
   if (first == std::string::npos) return {};

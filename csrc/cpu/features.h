@@ -1,6 +1,7 @@
 // What this CPU can execute and how many of its cores this process may use.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,8 +36,9 @@ const Features& features();
 // The names of the flags set in features(), spelled as Linux spells them in /proc/cpuinfo ("neon" on AArch64).
 std::vector<std::string> instruction_sets();
 
-// Whether products of bfloat16 take no longer here than those of float32, by whoever uses what the processor has.
-bool bf16_products_are_quick();
+// Whether products of bfloat16 take no longer here than those of float32, by whoever uses what the processor has;
+// none where it is not known, which is on other processors than x86.
+std::optional<bool> bf16_products_are_quick();
 
 // Marketing name of the processor, empty where it offers none.
 std::string brand();

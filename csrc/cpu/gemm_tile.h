@@ -14,9 +14,12 @@ namespace dive::cpu::DIVE_ISA {
 
 // A tile's sums stay in registers: kTile * 2 of them, 2 more hold a row of `b` and 1 a number of `a`, so 27 of the 32
 // that AVX-512 has and 15 of the 16 elsewhere. Twice as many sums as a fused multiply-add has cycles of latency times
-// units (4 * 2) would do; more means fewer loads per multiplication.
+// units (4 * 2) would do; more means fewer loads per multiplication. AArch64's 32 are not so well filled: GCC loads all
+// the numbers of `a` before it multiplies, and with 12 of them keeps four sums in memory.
 #if defined(__AVX512F__)
 inline constexpr int kTile = 12;
+#elif defined(__aarch64__)
+inline constexpr int kTile = 8;
 #else
 inline constexpr int kTile = 6;
 #endif

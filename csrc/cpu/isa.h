@@ -8,7 +8,7 @@
 namespace dive::cpu {
 
 // Each level contains the ones before it; kAvx512Bf16 has VNNI too, as all processors with AVX512_BF16 do. On other
-// processors than x86 only kPortable exists.
+// processors than x86 only kPortable exists; its vectors of 128 bits are on AArch64 those of NEON, which all have.
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
 // The highest level that this build holds and this machine runs.

@@ -77,12 +77,8 @@ inline void add_dots(const float* a, std::int64_t stride_a, int m, const float* 
   for (; i < m; ++i) dot_rows<1>(a + i * stride_a, stride_a, b, stride_b, n, k, c + i * stride_c, stride_c);
 }
 
-// Vectors of columns in a tile of 4 rows: what the registers hold (32 with AVX-512, 16 without).
-#if defined(__AVX512F__)
-inline constexpr int kTileVectors = 4;
-#else
-inline constexpr int kTileVectors = 2;
-#endif
+// Vectors of columns in a tile of 4 rows: what the registers hold.
+inline constexpr int kTileVectors = kManyRegisters ? 4 : 2;
 
 // a[i, k] lies at a + i * stride_row + k * stride_k, so that `a` may be read transposed.
 struct Operand {

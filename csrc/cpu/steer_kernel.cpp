@@ -202,13 +202,13 @@ void low_rank_backward(const SteerInputs& in, const Adapter& adapter, int count,
     const float inverse = states[i].inverse_rms;
     for (std::int64_t r = 0; r < R; ++r) grad[r] *= states[i].scale;
     activation_backward(in.activation, pre, grad, rank);
-    float along = 0.0f;
-    for (std::int64_t r = 0; r < R; ++r) {
-      along += grad[r] * (pre[r] - (adapter.bias ? adapter.bias[r] : 0.0f));
-      if (partials.bias) partials.bias[r] += grad[r];
-      grad[r] *= inverse;
-    }
+    const auto without_bias = [&](std::int64_t r) {
+      return adapter.bias ? load(pre + r) - at(adapter.bias, r, R) : load(pre + r);
+    };
+    const float along = sum_over(R, [&](std::int64_t r) { return load(grad + r) * without_bias(r); });
     if (in.normalize_input) along_x[i] -= along * inverse * inverse / D;
+    if (partials.bias) add_scaled(partials.bias, 1.0f, grad, R);
+    for (std::int64_t r = 0; r < rank; r += kLanes) store(grad + r, load(grad + r) * splat(inverse));
   }
   if (partials.down) {
     outer({rows.grad_pre, 1, rank}, R, count, rows.x, stride, padded_size(D), partials.down, padded_size(D), true);

@@ -9,6 +9,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if !defined(DIVE_ISA)
@@ -23,6 +25,13 @@ inline constexpr int kLanes = 16;
 inline constexpr int kLanes = 8;
 #else
 inline constexpr int kLanes = 4;
+#endif
+
+// 32 vector registers, where others have 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr bool kManyRegisters = true;
+#else
+inline constexpr bool kManyRegisters = false;
 #endif
 
 typedef float vf __attribute__((vector_size(4 * kLanes)));
@@ -95,6 +104,10 @@ inline std::uint16_t round_to_bfloat16(float x) {
 inline float widen_float16(std::uint16_t x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x);
+#elif defined(__aarch64__)
+  __fp16 value;
+  std::memcpy(&value, &x, sizeof value);
+  return value;
 #else
   const std::uint32_t sign = static_cast<std::uint32_t>(x & 0x8000) << 16;
   const std::uint32_t magnitude = x & 0x7fff;
@@ -115,6 +128,11 @@ inline float widen_float16(std::uint16_t x) {
 inline std::uint16_t round_to_float16(float x) {
 #if defined(__F16C__)
   return static_cast<std::uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  const __fp16 rounded = static_cast<__fp16>(x);
+  std::uint16_t bits;
+  std::memcpy(&bits, &rounded, sizeof bits);
+  return bits;
 #else
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -149,10 +167,14 @@ typedef std::uint32_t vu __attribute__((vector_size(4 * kLanes)));
 typedef std::uint16_t vh __attribute__((vector_size(2 * kLanes)));
 
 inline vf load(const Bf16* p) {
-  // GCC 12 makes six instructions of a conversion to 512 bits that is one.
+  // GCC 12 makes six instructions of a conversion to 512 bits that is one, and takes NEON's number by number.
 #if defined(__AVX512F__)
   const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return (vf)((vu)_mm512_maskz_cvtepu16_epi32(0xffff, narrow) << 16);
+#elif defined(__aarch64__)
+  uint16x4_t narrow;
+  std::memcpy(&narrow, p, sizeof narrow);
+  return (vf)vshll_n_u16(narrow, 16);
 #else
   vh narrow;
   std::memcpy(&narrow, p, sizeof narrow);
@@ -173,6 +195,10 @@ inline vf load(const F16* p) {
   return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  float16x4_t narrow;
+  std::memcpy(&narrow, p, sizeof narrow);
+  return (vf)vcvt_f32_f16(narrow);
 #else
   vf v;
   for (int i = 0; i < kLanes; ++i) v[i] = widen_float16(p[i].bits);
@@ -186,6 +212,9 @@ inline void store(F16* p, vf v) {
                       _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  const float16x4_t narrow = vcvt_f16_f32((float32x4_t)v);
+  std::memcpy(p, &narrow, sizeof narrow);
 #else
   for (int i = 0; i < kLanes; ++i) p[i].bits = round_to_float16(v[i]);
 #endif

@@ -73,7 +73,7 @@ def products_are_slow(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type != "cpu" or dtype != torch.bfloat16:
         return False
     try:
-        return not native.load().cpu.bf16_products_are_quick()
+        return native.load().cpu.bf16_products_are_quick() is False
     except InputError:
         return False
 
