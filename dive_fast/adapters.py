@@ -14,6 +14,7 @@ from dive_fast.devices import on_device, torch_device
 from dive_fast.errors import InputError
 from dive_fast.models.backbone import load_backbone
 from dive_fast.models.fingerprint import model_fingerprint
+from dive_fast.models.processors import image_backend
 from dive_fast.steering import DiveConfig
 
 SETUP_FILE = "dive_setup.json"
@@ -165,8 +166,10 @@ def load(base_or_path, adapter_dir, *, dtype=None, device=None) -> peft.PeftMode
             f"adapter_dir: {weights} does not fit its adapter_config.json (first difference: {odd}); "
             "copy both from the same run"
         )
-    _warn_of_other_weights(model, folder)
+    noted = _noted(folder)
+    _warn_of_other_weights(model, folder, noted)
     if processor is not None:
+        _warn_of_other_pixels(processor, folder, noted)
         model.processor = processor
     return model.eval()
 
@@ -176,13 +179,34 @@ def base_settings(base: nn.Module) -> dict[str, str]:
     return {"dtype": str(base.dtype), "fingerprint": model_fingerprint(base, any_dtype=True)}
 
 
-def _warn_of_other_weights(model: peft.PeftModel, folder: Path) -> None:
+def _noted(folder: Path) -> dict:
+    """`train`'s settings beside the adapter; empty where it was copied without them, or written by something else."""
+    try:
+        noted = json.loads((folder / SETUP_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def _warn_of_other_pixels(processor, folder: Path, noted: dict) -> None:
+    """transformers resizes by torchvision where it is installed and by PIL elsewhere, to pixels that differ."""
+    there, here = noted.get("images"), image_backend(processor)
+    if there is not None and here is not None and there != here:
+        logger.warning(
+            "adapter_dir: %s was trained on images that %s resized; here it is %s, whose pixels differ a little "
+            "(torchvision does it where it is installed)",
+            folder,
+            there,
+            here,
+        )
+
+
+def _warn_of_other_weights(model: peft.PeftModel, folder: Path, noted: dict) -> None:
     """An adapter fits every model of its shape; what it does to another one than its own, nothing has measured."""
     try:
-        noted = json.loads((folder / SETUP_FILE).read_text(encoding="utf-8"))["model"]
-        trained = {name: noted[name] for name in ("dtype", "fingerprint")}
-    except (OSError, ValueError, TypeError, KeyError):
-        return  # copied without it, or written by something else
+        trained = {name: noted["model"][name] for name in ("dtype", "fingerprint")}
+    except (TypeError, KeyError):
+        return
     base = model.get_base_model()
     if any(parameter.is_meta for parameter in base.parameters()):
         return  # offloaded weights have no values to compare

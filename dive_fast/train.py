@@ -24,6 +24,7 @@ from dive_fast.data.encoding import ReportEncoder
 from dive_fast.devices import is_spread
 from dive_fast.errors import InputError
 from dive_fast.models.backbone import products_are_slow
+from dive_fast.models.processors import image_backend
 from dive_fast.models.spec import text_config_of
 from dive_fast.run_settings import changes, read_settings
 from dive_fast.sharding import any_process
@@ -142,7 +143,7 @@ def train(
             layers=supervision.align_weight > 0,
             disagreement=supervision.needs_disagreement,
         )
-    setup = _setup(model, records, supervision, teacher, runner, arguments)
+    setup = _setup(model, processor, records, supervision, teacher, runner, arguments)
     new = not output_dir.exists()
     checkpoint = _prepare_output(output_dir, setup, resume)
     try:
@@ -176,7 +177,7 @@ def train(
         raise
 
 
-def _setup(model, records, supervision: Supervision, teacher: Teacher | None, runner, arguments) -> dict:
+def _setup(model, processor, records, supervision: Supervision, teacher: Teacher | None, runner, arguments) -> dict:
     """What two runs must share for one to continue the other."""
     digest = hashlib.sha256()
     for record in records:
@@ -188,8 +189,10 @@ def _setup(model, records, supervision: Supervision, teacher: Teacher | None, ru
     named["tagger_options"] = supervision.tagger_fingerprint
     kept = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "weight_decay")
     kept += ("warmup_steps", "gradient_accumulation_steps", "max_grad_norm", "optim", "bf16", "fp16")
+    images = image_backend(processor)
     return {
         "model": base_settings(model.get_base_model()),
+        **({} if images is None else {"images": images}),
         "steering": adapter_settings(model.active_peft_config),
         "supervision": named,
         "teacher": None

@@ -1,6 +1,7 @@
 """Vision-language families with their own processors: prompts, images, teachers, training, both engines, what ends."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,7 +153,7 @@ def test_films_matter(backbone):
     assert (logits[0] - logits[1]).abs().max() > 1e-3 and (shots[0] - shots[1]).abs().max() > 1e-3
 
 
-def test_a_teacher_with_films_trains_an_adapter_that_loads(backbone, tmp_path):
+def test_a_teacher_with_films_trains_an_adapter_that_loads(backbone, tmp_path, caplog):
     result = dive_fast.train(
         str(backbone.folder),
         FILMS[:4],
@@ -168,6 +169,13 @@ def test_a_teacher_with_films_trains_an_adapter_that_loads(backbone, tmp_path):
     moved = [p.abs().max() for name, p in model.named_parameters() if "dive_up" in name]
     assert moved and all(m > 0 for m in moved)
     assert_engines_agree(model, FILMS[4:])
+    assert "whose pixels differ" not in caplog.text
+    setup = result.adapter_dir / "dive_setup.json"
+    noted = json.loads(setup.read_text())
+    assert noted["images"] == backbone.processor.image_processor.backend
+    setup.write_text(json.dumps(noted | {"images": "another library"}))
+    dive_fast.load(str(backbone.folder), result.adapter_dir, dtype="float32")
+    assert f"another library resized; here it is {noted['images']}, whose pixels differ" in caplog.text
 
 
 def test_teachers_see_a_film_per_demonstration(backbone):

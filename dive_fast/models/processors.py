@@ -28,6 +28,11 @@ def load_processor(name: str, config):
         ) from error
 
 
+def image_backend(processor) -> str | None:
+    """What its images are resized by, "torchvision" or "pil", whose pixels differ; None where it takes none."""
+    return getattr(getattr(processor, "image_processor", None), "backend", None)
+
+
 def _reads_videos(cls: type) -> bool:
     return issubclass(cls, ProcessorMixin) and "video_processor" in cls.get_attributes()
 
