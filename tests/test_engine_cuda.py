@@ -14,6 +14,7 @@ from dive_fast import native
 from dive_fast.decode import native as engine
 from dive_fast.decode.native import NativeDecoder, Sampling
 from dive_fast.decode.plan import Unsupported
+from dive_fast.errors import InputError
 from tests.engine_checks import (
     KINDS,
     REQUEST,
@@ -96,6 +97,13 @@ def test_the_extension_refuses_what_kernels_cannot_read():
 
 
 # -- with one --------------------------------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.parametrize("chosen", [None, "native"])
+def test_8_bit_weights_are_refused(chosen):
+    with pytest.raises(InputError, match="8-bit weights are for decoders on the CPU"):
+        dive_fast.generate(on_gpu(tiny_model("llama")), text_batch(1), max_new_tokens=2, weights="int8", engine=chosen)
 
 
 @gpu

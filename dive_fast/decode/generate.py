@@ -201,7 +201,7 @@ def _native_decoder(engine: str | None, call: _Call, inputs) -> tuple[NativeDeco
             raise InputError(f"weights: {weights!r} needs the native engine, and engine is 'transformers'")
         return None, {"engine": "transformers"}
     device = next(decoder_of(unwrapped(call.model)).parameters()).device
-    if engine is None and device.type == "cuda":
+    if engine is None and weights is None and device.type == "cuda":
         return None, {"engine": "transformers", "not_native": f"on a GPU ({device}) it runs where engine='native' asks"}
     try:
         decoder = NativeDecoder(call.model, call.adapter_names, weights)
