@@ -44,6 +44,15 @@ def poisoned_empty():
     torch.use_deterministic_algorithms(was_on, warn_only=was_warn_only)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Unless a test is one for a GPU, what it trains stays on the CPU, also in programs that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "gpu" not in item.keywords:
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+        return (yield)
+
+
 def pytest_collection_modifyitems(items):
     missing = {
         "gpu": None if torch.cuda.is_available() else "no CUDA device",
