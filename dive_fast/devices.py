@@ -28,7 +28,7 @@ def torch_device(name: str | None) -> torch.device:
         count = torch.cuda.device_count()
         raise InputError(f"device: {name!r} is not here, torch sees {count} CUDA devices; use 'cpu' or leave it out")
     try:
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # what a torch built without it raises
         why = str(error).split(". ")[0]
         raise InputError(f"device: {name!r} is not usable here ({why}); use 'cpu' or leave it out") from error

@@ -22,6 +22,7 @@ from tests.training_runs import RECORDS
         (1.5, "device: expected a name such as 'cpu' or 'cuda:0', got 1.5"),
         ("cuda:99", "device: 'cuda:99' is not here, torch sees"),
         ("vulkan", "device: 'vulkan' is not usable here"),
+        ("meta", "device: 'meta' is not usable here"),
     ],
 )
 def test_a_device_that_is_none_is_refused(name, words):

@@ -9,10 +9,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 import dive_fast
 from dive_fast.data import generated_films
 from dive_fast.data.encoding import ReportEncoder
+from dive_fast.devices import is_spread
 from dive_fast.likelihood import report_nll
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
 from tests.tiny_processors import tiny_backbone
@@ -45,7 +47,11 @@ RUNS = {
 def on(device: str, folder, args=None, **options):
     if "steering" in options:
         options["steering"] = replace(options["steering"])
-    return run(folder / device, args={"use_cpu": device == "cpu", **(args or {})}, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        if device != "cpu" and not is_spread(options.get("model")):
+            found = TrainingArguments.n_gpu.fget
+            patch.setattr(TrainingArguments, "n_gpu", property(lambda args: min(found(args), 1)))
+        return run(folder / device, args={"use_cpu": device == "cpu", **(args or {})}, **options)
 
 
 def devices(model) -> set[str]:
@@ -107,16 +113,17 @@ def test_images(tmp_path, family):
 
 def test_searches_and_draws(tmp_path):
     model = on(DEVICE, tmp_path).model
-    options = {"processor": tiny_tokenizer(), "max_new_tokens": 8}
-    for search in ({"num_beams": 3}, {"repetition_penalty": 1.3, "min_new_tokens": 3}, {"stop": ["a"]}):
-        rows = [dive_fast.generate(m, RECORDS[:3], **options, **search).texts for m in (model, model.cpu())]
-        model.to(DEVICE)
-        assert rows[0] == rows[1], search
-    drawn = [
-        dive_fast.generate(model, RECORDS[:3], **options, temperature=0.8, seed=1, num_return_sequences=2).texts
-        for _ in range(2)
-    ]
+    searches = ({"num_beams": 3}, {"repetition_penalty": 1.3, "min_new_tokens": 3}, {"stop": ["a"]})
+    drawing = {"temperature": 0.8, "seed": 1, "num_return_sequences": 2}
+
+    def texts(options):
+        return dive_fast.generate(model, RECORDS[:3], processor=tiny_tokenizer(), max_new_tokens=8, **options).texts
+
+    there, drawn = [texts(options) for options in searches], [texts(drawing) for _ in range(2)]
+    assert devices(model) == {DEVICE}
     assert drawn[0] == drawn[1] and len(drawn[0]) == 6
+    model.cpu()
+    assert there == [texts(options) for options in searches]
 
 
 def test_likelihood(tmp_path):
