@@ -11,6 +11,7 @@ from dive_fast import native
 
 CPU = native.load().cpu
 LEVEL = CPU.kernel_levels()[-1]
+INT8_ROWS, INT8_COLUMNS = CPU.decode.INT8_LINE
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/cpu/dtype.h
 # Columns and bytes of weights: SmolLM2-135M's two input sizes and Mistral-7B's, several times what caches hold.
 COLUMNS = {"smoke": (64,), "laptop": (576, 1536, 4096), "gpu": ()}
@@ -31,7 +32,8 @@ class Problem(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return self.bytes // (self.columns * self.kind.itemsize)
+        """A whole number of an int8 matrix's lines of rows."""
+        return self.bytes // (self.columns * self.kind.itemsize) // INT8_ROWS * INT8_ROWS
 
 
 def pytest_generate_tests(metafunc):
@@ -49,7 +51,8 @@ def weights(problem: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One matrix, larger than the caches, and an int8 matrix's scales."""
     generator = torch.Generator().manual_seed(0)
     if problem.kind == torch.int8:
-        data = torch.randint(-127, 128, (problem.rows, problem.columns), dtype=torch.int8, generator=generator)
+        lines = (problem.rows // INT8_ROWS, problem.columns // INT8_COLUMNS, INT8_ROWS, INT8_COLUMNS)
+        data = torch.randint(-127, 128, lines, dtype=torch.int8, generator=generator)
         return data, torch.rand(problem.rows, generator=generator)
     return torch.randn(problem.rows, problem.columns, generator=generator).to(problem.kind), None
 
@@ -61,7 +64,8 @@ def test_projection(benchmark, problem, batch, scale):
     x = torch.randn(batch, problem.columns, generator=torch.Generator().manual_seed(1))
     out, threads = torch.empty(batch, problem.rows), torch.get_num_threads()
     dtype = 0 if scales is not None else DTYPES.index(problem.kind)
-    matrix = (data.data_ptr(), dtype, 0 if scales is None else scales.data_ptr(), *data.shape, data.stride(0), 0)
+    N, K = problem.rows, problem.columns
+    matrix = (data.data_ptr(), dtype, 0 if scales is None else scales.data_ptr(), N, K, K, 0)
 
     def run():
         CPU.decode.project([matrix], x.data_ptr(), batch, [out.data_ptr()], False, LEVEL, threads)
@@ -76,8 +80,8 @@ def test_projection(benchmark, problem, batch, scale):
     benchmark.extra_info |= {
         "implementation": "dive_fast",
         "level": LEVEL,
-        "K": problem.columns,
-        "N": problem.rows,
+        "K": K,
+        "N": N,
         "B": batch,
         "dtype": str(problem.kind)[6:],
         "threads": threads,
@@ -95,7 +99,8 @@ def test_projection(benchmark, problem, batch, scale):
 
 def check(out, x, data, scales) -> None:
     """Some rows against float64, the first and the last among them; written so that NaN fails."""
-    rows = torch.linspace(0, len(data) - 1, 64).long()
-    true = x.double() @ data[rows].double().T * (1 if scales is None else scales[rows].double())
+    rows = torch.linspace(0, out.shape[1] - 1, 64).long()
+    chosen = data[rows] if scales is None else data[rows // INT8_ROWS, :, rows % INT8_ROWS].flatten(1)
+    true = x.double() @ chosen.double().T * (1 if scales is None else scales[rows].double())
     error = (out[:, rows] - true).abs().max()
     assert error <= TOLERANCE * true.abs().max(), f"wrong by {error:.2g}"

@@ -20,6 +20,7 @@ BEST = LEVELS[-1]
 CACHE_BLOCK = DECODE.CACHE_BLOCK
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/cpu/dtype.h
 KINDS = (*DTYPES, torch.int8)
+INT8_ROWS, INT8_COLUMNS = DECODE.INT8_LINE
 ACTIVATIONS = (F.silu, lambda x: F.gelu(x, approximate="tanh"), F.gelu)  # in that of GatedActivation
 # The same without the cancellation of 1 + tanh(u) and 1 + erf(u) for negative u, where not even float64 is exact.
 TRUE_ACTIVATIONS = (
@@ -47,7 +48,7 @@ class Matrix:
         self.scales = None
         if kind == torch.int8:
             self.data, self.scales = quantized(source)
-            self.true = self.data.double() * self.scales.double()[:, None]
+            self.true = in_rows(self.data, source.shape).double() * self.scales.double()[:, None]
         else:
             held = torch.full((rows, columns + gap), math.nan, dtype=kind)
             held[:, :columns] = source
@@ -55,8 +56,12 @@ class Matrix:
             self.true = self.data.double()
 
     @property
+    def rows(self):
+        return self.true.shape[0]
+
+    @property
     def tuple(self):
-        return weight_tuple(self.data, self.scales, self.bias)
+        return weight_tuple(self.data, self.true.shape, self.scales, self.bias)
 
     def times(self, x):
         return x.double() @ self.true.T + (0 if self.bias is None else self.bias.double())
@@ -66,19 +71,29 @@ def address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def weight_tuple(data, scales=None, bias=None):
-    dtype = 0 if data.dtype == torch.int8 else DTYPES.index(data.dtype)
-    return (data.data_ptr(), dtype, address(scales), *data.shape, data.stride(0), address(bias))
+def weight_tuple(data, shape, scales=None, bias=None):
+    int8 = data.dtype == torch.int8
+    dtype, stride = (0, data.shape[1] * INT8_COLUMNS) if int8 else (DTYPES.index(data.dtype), data.stride(0))
+    return (data.data_ptr(), dtype, address(scales), *shape, stride, address(bias))
 
 
 def quantized(source, level=BEST, threads=1):
-    data, scales = torch.empty(source.shape, dtype=torch.int8), torch.empty(source.shape[0])
-    DECODE.quantize_int8(weight_tuple(source), data.data_ptr(), scales.data_ptr(), level, threads)
+    rows, columns = source.shape
+    lines = (math.ceil(rows / INT8_ROWS), math.ceil(columns / INT8_COLUMNS), INT8_ROWS, INT8_COLUMNS)
+    data, scales = torch.full(lines, 99, dtype=torch.int8), torch.empty(rows)
+    DECODE.quantize_int8(weight_tuple(source, source.shape), data.data_ptr(), scales.data_ptr(), level, threads)
     return data, scales
 
 
+def in_rows(data, shape):
+    """An int8 matrix row by row, zeros beyond its shape checked and left out."""
+    whole = data.transpose(1, 2).reshape(data.shape[0] * INT8_ROWS, -1)
+    assert not whole[shape[0] :].any() and not whole[:, shape[1] :].any()
+    return whole[: shape[0], : shape[1]]
+
+
 def project(matrices, x, level=BEST, threads=2, onto=None):
-    outputs = [torch.empty(x.shape[0], m.data.shape[0]) for m in matrices] if onto is None else onto
+    outputs = [torch.empty(x.shape[0], m.rows) for m in matrices] if onto is None else onto
     DECODE.project([m.tuple for m in matrices], x.data_ptr(), x.shape[0], [y.data_ptr() for y in outputs],
                    onto is not None, level, threads)  # fmt: skip
     return outputs
@@ -115,7 +130,7 @@ def test_projections_of_model_sizes(level, kind):
 
 @each_level
 def test_a_gated_projection_of_two_kinds(level):
-    """An int8 matrix takes fewer rows of the batch at a time than one in bfloat16."""
+    """The two may take different numbers of the batch's rows at a time."""
     gate, up, x = Matrix(21, 40, torch.int8), Matrix(21, 40, torch.bfloat16), torch.randn(9, 40)
     found = torch.empty(9, 21)
     DECODE.project_gated(0, gate.tuple, up.tuple, address(x), 9, address(found), level, 2)
@@ -210,7 +225,8 @@ def test_quantization_is_to_the_nearest_step(level, dtype):
     for rows, columns in SHAPES:
         source = torch.randn(rows, columns + 3).to(dtype)[:, :columns]
         source[rows // 2] = 0
-        data, scales = quantized(source, level, 3)
+        lines, scales = quantized(source, level, 3)
+        data = in_rows(lines, source.shape)
         assert torch.equal(scales, source.float().abs().amax(1) / 127)
         assert not data[rows // 2].any()
         error = (data.double() * scales.double()[:, None] - source.double()).abs()
@@ -277,11 +293,11 @@ def test_addition(level):
         assert torch.equal(found, a + b)
 
 
-@each_kind
+@each_dtype
 @each_level
-def test_embedding(level, kind):
+def test_embedding(level, dtype):
     for columns in (1, 65, 576):
-        matrix, tokens = Matrix(11, columns, kind, gap=2), torch.tensor([10, 0, 3, 3, 7])
+        matrix, tokens = Matrix(11, columns, dtype, gap=2), torch.tensor([10, 0, 3, 3, 7])
         found = torch.empty(5, columns)
         DECODE.embed(matrix.tuple, address(tokens), 5, 1.5, address(found), level, 2)
         check_close(found, matrix.true[tokens] * 1.5, 2e-7)

@@ -51,6 +51,7 @@ void bind_decode(py::module_ m) {
     cpu::run_team(threads, level, body);
   };
   m.attr("CACHE_BLOCK") = cpu::kCacheBlock;
+  m.attr("INT8_LINE") = std::make_tuple(cpu::kInt8Rows, cpu::kInt8Columns);
   m.def("project", [=](const std::vector<WeightTuple>& tuples, Address x, int batch, const std::vector<Address>& to,
                        bool accumulate, const std::string& isa, int threads) {
     std::vector<cpu::Weight> weights;

@@ -18,8 +18,13 @@ namespace {
 // shorter than a scheduler's slice, which is what an absent worker costs where threads outnumber cores.
 constexpr int kLooks = 2000;
 
-// Rows of weights that stay together. Four outputs are 16 bytes: finer shares would meet in more cache lines.
-constexpr std::int64_t kRowUnit = 4;
+// Rows of weights that stay together: four outputs are 16 bytes, and finer shares would meet in more cache lines; of
+// int8 weights those that share a cache line.
+std::int64_t row_unit(const Weight* const* weights, int count) {
+  const bool int8 = std::any_of(weights, weights + count, [](const Weight* weight) { return weight->scales; });
+  return int8 ? kInt8Rows : 4;
+}
+
 // Elementwise work is divided at whole vectors of the widest level.
 constexpr std::int64_t kElementUnit = 16;
 
@@ -114,14 +119,15 @@ namespace {
 // Calls body(i, begin, end) for every matrix i of which the worker has rows.
 template <class Body>
 void for_shares(const Worker& worker, const Weight* const* weights, int count, Body body) {
+  const std::int64_t unit = row_unit(weights, count);
   std::int64_t units = 0;
-  for (int i = 0; i < count; ++i) units += (weights[i]->rows + kRowUnit - 1) / kRowUnit;
+  for (int i = 0; i < count; ++i) units += (weights[i]->rows + unit - 1) / unit;
   const Range mine = share(worker, units);
   std::int64_t first = 0;  // of this matrix, among all units
   for (int i = 0; i < count; ++i) {
-    const std::int64_t after = first + (weights[i]->rows + kRowUnit - 1) / kRowUnit;
+    const std::int64_t after = first + (weights[i]->rows + unit - 1) / unit;
     const std::int64_t begin = std::max(mine.begin, first), end = std::min(mine.end, after);
-    if (begin < end) body(i, (begin - first) * kRowUnit, std::min((end - first) * kRowUnit, weights[i]->rows));
+    if (begin < end) body(i, (begin - first) * unit, std::min((end - first) * unit, weights[i]->rows));
     first = after;
   }
 }
@@ -134,7 +140,7 @@ const void* row_of(const Weight& weight, std::int64_t n) {
 }  // namespace
 
 std::int64_t inputs_size(Isa isa, int batch, std::int64_t columns) {
-  return batch * (DIVE_DISPATCH(isa, paired_size, columns) + DIVE_DISPATCH(isa, digits_size, columns));
+  return batch * (DIVE_DISPATCH(isa, paired_size, columns) + DIVE_DISPATCH(isa, int8_size, columns));
 }
 
 namespace {
@@ -148,10 +154,10 @@ Inputs inputs_of(const Worker& worker, const Weight* const* weights, int count, 
   if (memory.size() < size) memory.resize(size);
   Inputs found{x, nullptr, nullptr};
   for (int i = 0; i < count; ++i) {
-    if (weights[i]->scales && !found.digits) {
-      float* const digits = memory.data() + batch * pairs;
-      DIVE_DISPATCH(worker.isa, arrange_digits, x, batch, columns, digits);
-      found.digits = digits;
+    if (weights[i]->scales && !found.int8) {
+      float* const int8 = memory.data() + batch * pairs;
+      DIVE_DISPATCH(worker.isa, arrange_int8, x, batch, columns, int8);
+      found.int8 = int8;
     } else if (!weights[i]->scales && weights[i]->dtype == DType::kBFloat16 && !found.paired) {
       DIVE_DISPATCH(worker.isa, arrange_pairs, x, batch, columns, memory.data());
       found.paired = memory.data();
@@ -184,14 +190,14 @@ void project_gated(const Worker& worker, GatedActivation activation, const Weigh
                    const float* x, int batch, float* outputs, const void* next) {
   const Weight* const weights[] = {&gate, &up};
   const Inputs numbers = inputs_of(worker, weights, 2, x, batch);
-  const Range mine = share(worker, gate.rows, kRowUnit);
+  const Range mine = share(worker, gate.rows, row_unit(weights, 2));
   DIVE_DISPATCH(worker.isa, project_gated_rows, gate, up, mine.begin, mine.end, numbers, batch, activation, outputs,
                 next);
 }
 
 void quantize_int8(const Weight& weight, std::int8_t* out, float* scales, Isa isa, int threads) {
   parallel(threads, [&](int index) {
-    const Range mine = share({index, threads, isa, nullptr}, weight.rows);
+    const Range mine = share({index, threads, isa, nullptr}, weight.rows, kInt8Rows);
     DIVE_DISPATCH(isa, quantize_rows, weight, mine.begin, mine.end, out, scales);
   });
 }

@@ -69,8 +69,8 @@ const void* first_read(const Worker& worker, const Weight* const* weights, int c
 void project_gated(const Worker& worker, GatedActivation activation, const Weight& gate, const Weight& up,
                    const float* x, int batch, float* outputs, const void* next = nullptr);
 
-// Per row of the matrix: scales[n] = max |row| / 127, out[n][k] = round(row[k] / scales[n]); zeros where the row is
-// zero.
+// Per row of the matrix: scales[n] = max |row| / 127, out[n][k] = round(row[k] / scales[n]) in the order that Weight
+// asks for; zeros where the row is zero. `out` has room for whole cache lines.
 void quantize_int8(const Weight& weight, std::int8_t* out, float* scales, Isa isa, int threads);
 
 // out[i][d] = x[i][d] / sqrt(mean(x[i]^2) + eps) * weight[d]; i < rows. out may be x.

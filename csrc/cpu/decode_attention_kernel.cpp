@@ -150,14 +150,12 @@ void attend(const AttentionShape& shape, const float* q, int heads, const CacheR
 
 void attend_positions(const AttentionShape& shape, const float* q, const CacheRow& row, int kv_head, std::int64_t begin,
                       std::int64_t end, float* partials) {
-  with_elements(shape.cache_dtype, false, [&](auto* type) {
+  with_elements(shape.cache_dtype, [&](auto* type) {
     using Element = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    if constexpr (!std::is_same_v<Element, Int8>) {
-      const int shared = shape.heads / shape.kv_heads;
-      for (int h = 0; h < shared; h += kHeadTile) {
-        attend<Element>(shape, q + h * shape.head_size, shared - h < kHeadTile ? shared - h : kHeadTile, row, kv_head,
-                        begin, end, partials + h * partial_size(shape.head_size));
-      }
+    const int shared = shape.heads / shape.kv_heads;
+    for (int h = 0; h < shared; h += kHeadTile) {
+      attend<Element>(shape, q + h * shape.head_size, shared - h < kHeadTile ? shared - h : kHeadTile, row, kv_head,
+                      begin, end, partials + h * partial_size(shape.head_size));
     }
   });
 }

@@ -15,14 +15,15 @@ inline constexpr int kHeadTile = 16;
 // `largest` and the sum of the exponentials. Static because this header is compiled at every level.
 static inline std::int64_t partial_size(int head_size) { return head_size + 2; }
 
-// Floats that a row of K columns takes in a form of the inputs, 0 where the level has no use for it, and the forms.
+// Floats that a row of K columns takes in a form of the inputs, and the forms.
 DIVE_DECLARE_VARIANTS(std::int64_t paired_size(std::int64_t columns))
-DIVE_DECLARE_VARIANTS(std::int64_t digits_size(std::int64_t columns))
+DIVE_DECLARE_VARIANTS(std::int64_t int8_size(std::int64_t columns))
 DIVE_DECLARE_VARIANTS(void arrange_pairs(const float* x, int batch, std::int64_t columns, float* out))
-DIVE_DECLARE_VARIANTS(void arrange_digits(const float* x, int batch, std::int64_t columns, float* out))
+DIVE_DECLARE_VARIANTS(void arrange_int8(const float* x, int batch, std::int64_t columns, float* out))
 
-// outputs[b][n] = x[b] . weight[n] + bias[n], or plus that where `add`, for n in [begin, end); rows of outputs are
-// weight.rows apart. Whoever calls reads from `next` on afterwards (null: it is not known).
+// outputs[b][n] = x[b] . weight[n] + bias[n], or plus that where `add`, for n in [begin, end), begin a multiple of 16
+// for int8; rows of outputs are weight.rows apart. Whoever calls reads from `next` on afterwards (null: it is not
+// known).
 DIVE_DECLARE_VARIANTS(void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, const Inputs& x,
                                         int batch, float* outputs, bool add, const void* next))
 DIVE_DECLARE_VARIANTS(void project_gated_rows(const Weight& gate, const Weight& up, std::int64_t begin,

@@ -1,19 +1,16 @@
 // Matrices times a few vectors. Weights are widened to float32 in registers: reading them is what takes the time.
-#include "cpu/decode_inputs.h"
+#include "cpu/decode_int8.h"
+#include "cpu/decode_pairs.h"
 
 namespace dive::cpu::DIVE_ISA {
 namespace {
 
-// Calls f with a null pointer to the form in which a weight of that kind is read, and the inputs in that form.
+// Rows of weights that are computed side by side, and the vectors that their results take.
+constexpr int kBlockRows = kInt8Rows, kBlockVectors = kLineVectors;
+
+// Calls f with a null pointer to the form in which a weight of that dtype is read, and the inputs in that form.
 template <class F>
 inline void with_rows(const Weight& weight, const Inputs& x, F f) {
-  if (weight.scales) {
-#if defined(__AVX512VNNI__)
-    return f(static_cast<DigitRows*>(nullptr), x.digits);
-#else
-    return f(static_cast<PlainRows<Int8>*>(nullptr), x.plain);
-#endif
-  }
   switch (weight.dtype) {
     case DType::kFloat32:
       return f(static_cast<PlainRows<float>*>(nullptr), x.plain);
@@ -24,31 +21,49 @@ inline void with_rows(const Weight& weight, const Inputs& x, F f) {
   }
 }
 
-// For a worker that reads rows up to `end`, then from `next` on.
-template <class Element>
-Ahead ahead_of(const Weight& weight, std::int64_t end, const void* next) {
-  const std::int64_t row = weight.row_stride * static_cast<std::int64_t>(sizeof(Element));
-  return {true, static_cast<const char*>(weight.data) + end * row, static_cast<const char*>(next)};
+// Scalar products of the block of rows from n on, of those before `end`, with rows `first` ... of the batch:
+// kBlockVectors for each of these.
+inline void dot_rows(const Weight& weight, std::int64_t n, std::int64_t end, const Inputs& x, int first, int count,
+                     const Ahead& ahead, vf* out) {
+  if (weight.scales) {
+    const auto* w = static_cast<const std::int8_t*>(weight.data) + n * weight.row_stride;
+    return int8_block(w, x.int8 + first * Int8Products::x_stride(weight.columns), count, weight.columns, ahead, out);
+  }
+  with_rows(weight, x, [&](auto* type, const float* numbers) {
+    using Rows = std::remove_pointer_t<decltype(type)>;
+    const float* from = numbers + first * Rows::x_stride(weight.columns);
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const std::int64_t row = n + v * kLanes, rest = end - row;
+      if (rest <= 0) break;
+      const auto* w = static_cast<const typename Rows::Element*>(weight.data) + row * weight.row_stride;
+      const int rows = rest < kLanes ? static_cast<int>(rest) : kLanes;
+      dot_block<Rows, kBlockVectors>(w, weight.row_stride, rows, from, count, weight.columns, ahead, out + v);
+    }
+  });
 }
 
-// Products of rows n ... n + rows - 1 of the weight with rows `first` ... of the batch, and their scales and bias.
-template <class Rows>
-inline void weight_block(const Weight& weight, std::int64_t n, int rows, const float* x, int first, int count,
-                         const Ahead& ahead, vf* out) {
-  const auto* w = static_cast<const typename Rows::Element*>(weight.data) + n * weight.row_stride;
-  // The first part of the batch finds the weights in memory, the others in L1.
-  const Ahead& asked = first ? Ahead{} : ahead;
-  const float* from = x + first * Rows::x_stride(weight.columns);
-  dot_block<Rows>(w, weight.row_stride, rows, from, count, weight.columns, asked, out);
-  // One expression for all cases, so that every caller's compiled form rounds alike.
-  const vf scales = weight.scales ? load_some(weight.scales + n, rows) : splat(1.0f);
-  const vf bias = weight.bias ? load_some(weight.bias + n, rows) : splat(0.0f);
-  for (int b = 0; b < count; ++b) out[b] = out[b] * scales + bias;
+// The same with scales and bias. For a worker that reads rows up to `end`, then from `next` on.
+inline void weight_block(const Weight& weight, std::int64_t n, std::int64_t end, const Inputs& x, int first, int count,
+                         const void* next, vf* out) {
+  const std::int64_t row = weight.row_stride * (weight.scales ? 1 : size_of(weight.dtype));
+  const Ahead ahead{true, static_cast<const char*>(weight.data) + end * row, static_cast<const char*>(next)};
+  // The first part of the batch finds the weights in memory, the others in a cache.
+  dot_rows(weight, n, end, x, first, count, first ? Ahead{} : ahead, out);
+  for (int v = 0; v < kBlockVectors; ++v) {
+    const std::int64_t at = n + v * kLanes, rest = end - at;
+    if (rest <= 0) break;
+    // One expression for all cases, so that every caller's compiled form rounds alike.
+    const vf scales = weight.scales ? load_some(weight.scales + at, rest) : splat(1.0f);
+    const vf bias = weight.bias ? load_some(weight.bias + at, rest) : splat(0.0f);
+    for (int b = v; b < count * kBlockVectors; b += kBlockVectors) out[b] = out[b] * scales + bias;
+  }
 }
 
 // Rows of the batch that meet a weight together. They are read again for every row of weights, so they are to fit into
 // L1: on a Xeon whose L1 has 48 KiB, 8 rows of 1536 numbers took 25 cycles a line of weights, twice 4 of them took 15.
+// Beside int8 weights they are read once for 16 rows, which L2 does in time.
 int batch_tile(const Weight& weight, const Inputs& x) {
+  if (weight.scales) return Int8Products::kMostRows;
   constexpr std::int64_t kSmallL1 = 24576;  // of 32 KiB, with room for what passes through
   int most = kFew;
   with_rows(weight, x, [&](auto* type, const float*) {
@@ -59,13 +74,12 @@ int batch_tile(const Weight& weight, const Inputs& x) {
   return most;
 }
 
-// Calls body(n, rows, first row of the batch, rows of the batch) for every block of weights, and within it for every
-// part of the batch, `most` rows of it or fewer.
+// Calls body(n, first row of the batch, rows of the batch) for every block of weights, and within it for every part of
+// the batch, `most` rows of it or fewer.
 template <class Body>
 inline void for_blocks(std::int64_t begin, std::int64_t end, int batch, int most, Body body) {
-  for (std::int64_t n = begin; n < end; n += kLanes) {
-    const int rows = end - n < kLanes ? static_cast<int>(end - n) : kLanes;
-    for (int b = 0; b < batch; b += most) body(n, rows, b, batch - b < most ? batch - b : most);
+  for (std::int64_t n = begin; n < end; n += kBlockRows) {
+    for (int b = 0; b < batch; b += most) body(n, b, batch - b < most ? batch - b : most);
   }
 }
 
@@ -73,67 +87,62 @@ inline void for_blocks(std::int64_t begin, std::int64_t end, int batch, int most
 
 std::int64_t paired_size(std::int64_t columns) { return PairedRows::x_stride(columns); }
 
-std::int64_t digits_size([[maybe_unused]] std::int64_t columns) {
-#if defined(__AVX512VNNI__)
-  return DigitRows::x_stride(columns);
-#else
-  return 0;
-#endif
-}
+std::int64_t int8_size(std::int64_t columns) { return Int8Products::x_stride(columns); }
 
 void arrange_pairs(const float* x, int batch, std::int64_t columns, float* out) {
   for (int b = 0; b < batch; ++b) PairedRows::arrange(x + b * columns, columns, out + b * paired_size(columns));
 }
 
-void arrange_digits([[maybe_unused]] const float* x, [[maybe_unused]] int batch, [[maybe_unused]] std::int64_t columns,
-                    [[maybe_unused]] float* out) {
-#if defined(__AVX512VNNI__)
-  for (int b = 0; b < batch; ++b) DigitRows::arrange(x + b * columns, columns, out + b * digits_size(columns));
-#endif
+void arrange_int8(const float* x, int batch, std::int64_t columns, float* out) {
+  for (int b = 0; b < batch; ++b) Int8Products::arrange(x + b * columns, columns, out + b * int8_size(columns));
 }
 
 void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, const Inputs& x, int batch,
                   float* outputs, bool add, const void* next) {
-  with_rows(weight, x, [&](auto* type, const float* numbers) {
-    using Rows = std::remove_pointer_t<decltype(type)>;
-    const Ahead ahead = ahead_of<typename Rows::Element>(weight, end, next);
-    for_blocks(begin, end, batch, batch_tile(weight, x), [&](std::int64_t n, int rows, int first, int count) {
-      vf found[kBatchTile];
-      weight_block<Rows>(weight, n, rows, numbers, first, count, ahead, found);
-      for (int b = 0; b < count; ++b) {
-        float* out = outputs + (first + b) * weight.rows + n;
-        store_some(out, add ? load_some(out, rows) + found[b] : found[b], rows);
+  for_blocks(begin, end, batch, batch_tile(weight, x), [&](std::int64_t n, int first, int count) {
+    vf found[kBatchTile * kBlockVectors];
+    weight_block(weight, n, end, x, first, count, next, found);
+    for (int b = 0; b < count; ++b) {
+      for (int v = 0; v < kBlockVectors; ++v) {
+        const std::int64_t at = n + v * kLanes, rest = end - at;
+        if (rest <= 0) break;
+        float* out = outputs + (first + b) * weight.rows + at;
+        const vf one = found[b * kBlockVectors + v];
+        store_some(out, add ? load_some(out, rest) + one : one, rest);
       }
-    });
+    }
   });
 }
 
 void project_gated_rows(const Weight& gate, const Weight& up, std::int64_t begin, std::int64_t end, const Inputs& x,
                         int batch, GatedActivation activation, float* outputs, const void* next) {
-  const auto block = [&](const Weight& weight, std::int64_t n, int rows, int first, int count, const void* after,
-                         vf* found) {
-    with_rows(weight, x, [&](auto* type, const float* numbers) {
-      using Rows = std::remove_pointer_t<decltype(type)>;
-      const Ahead ahead = ahead_of<typename Rows::Element>(weight, end, after);
-      weight_block<Rows>(weight, n, rows, numbers, first, count, ahead, found);
-    });
-  };
   const int of_gate = batch_tile(gate, x), of_up = batch_tile(up, x), most = of_gate < of_up ? of_gate : of_up;
-  for_blocks(begin, end, batch, most, [&](std::int64_t n, int rows, int first, int count) {
-    vf gates[kBatchTile], ups[kBatchTile];
-    block(gate, n, rows, first, count, next, gates);
-    block(up, n, rows, first, count, nullptr, ups);
+  for_blocks(begin, end, batch, most, [&](std::int64_t n, int first, int count) {
+    vf gates[kBatchTile * kBlockVectors], ups[kBatchTile * kBlockVectors];
+    weight_block(gate, n, end, x, first, count, next, gates);
+    weight_block(up, n, end, x, first, count, nullptr, ups);
     for (int b = 0; b < count; ++b) {
-      store_some(outputs + (first + b) * gate.rows + n, activate(activation, gates[b]) * ups[b], rows);
+      for (int v = 0; v < kBlockVectors; ++v) {
+        const std::int64_t at = n + v * kLanes, rest = end - at;
+        if (rest <= 0) break;
+        const int i = b * kBlockVectors + v;
+        store_some(outputs + (first + b) * gate.rows + at, activate(activation, gates[i]) * ups[i], rest);
+      }
     }
   });
 }
 
 void quantize_rows(const Weight& weight, std::int64_t begin, std::int64_t end, std::int8_t* out, float* scales) {
-  with_elements(weight.dtype, false, [&](auto* type) {
+  with_elements(weight.dtype, [&](auto* type) {
     using Element = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    const std::int64_t K = weight.columns;
-    for (std::int64_t n = begin; n < end; ++n) {
+    typedef std::int8_t vb __attribute__((vector_size(kLanes)));
+    const std::int64_t K = weight.columns, stride = int8_stride(K);
+    for (std::int64_t n = begin; n < end || n % kInt8Rows; ++n) {
+      std::int8_t* const words = out + n / kInt8Rows * kInt8Rows * stride + n % kInt8Rows * kInt8Columns;
+      if (n >= end) {
+        for (std::int64_t k = 0; k < K; k += kInt8Columns) std::memset(words + k * kInt8Rows, 0, kInt8Columns);
+        continue;
+      }
       const Element* row = static_cast<const Element*>(weight.data) + n * weight.row_stride;
       vf largest = {};
       for (std::int64_t k = 0; k < K; k += kLanes) {
@@ -148,20 +157,21 @@ void quantize_rows(const Weight& weight, std::int64_t begin, std::int64_t end, s
       for (std::int64_t k = 0; k < K; k += kLanes) {
         const vi whole = (vi)(load_some(row + k, K - k) * inverse + shifter) - (vi)shifter;
         const vb narrow = __builtin_convertvector(whole, vb);
-        std::memcpy(out + n * K + k, &narrow, static_cast<std::size_t>(K - k < kLanes ? K - k : kLanes));
+        for (int i = 0; i < kLanes && k + i < K; i += kInt8Columns) {
+          std::memcpy(words + (k + i) * kInt8Rows, reinterpret_cast<const char*>(&narrow) + i, kInt8Columns);
+        }
       }
     }
   });
 }
 
 void embed_row(const Weight& embedding, std::int64_t token, float scale, float* out) {
-  const float factor = embedding.scales ? embedding.scales[token] * scale : scale;
-  with_elements(embedding.dtype, embedding.scales != nullptr, [&](auto* type) {
+  with_elements(embedding.dtype, [&](auto* type) {
     using Element = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const Element* row = static_cast<const Element*>(embedding.data) + token * embedding.row_stride;
     for (std::int64_t k = 0; k < embedding.columns; k += kLanes) {
       const std::int64_t rest = embedding.columns - k;
-      store_some(out + k, load_some(row + k, rest) * splat(factor), rest);
+      store_some(out + k, load_some(row + k, rest) * splat(scale), rest);
     }
   });
 }

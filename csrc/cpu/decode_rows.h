@@ -10,30 +10,6 @@
 
 namespace dive::cpu::DIVE_ISA {
 
-struct Int8 {
-  std::int8_t value;
-};
-typedef std::int8_t vb __attribute__((vector_size(kLanes)));
-
-inline vf load(const Int8* p) {
-  // GCC 12 makes dozens of instructions of a conversion from 8 to 32 bits that is one, or two.
-#if defined(__AVX512F__)
-  const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return (vf)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, narrow));
-#elif defined(__AVX2__)
-  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__aarch64__)
-  std::uint32_t four;
-  std::memcpy(&four, p, sizeof four);
-  const int8x8_t narrow = vreinterpret_s8_u32(vdup_n_u32(four));
-  return (vf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(narrow))));
-#else
-  vb narrow;
-  std::memcpy(&narrow, p, sizeof narrow);
-  return __builtin_convertvector(__builtin_convertvector(narrow, vi), vf);
-#endif
-}
-
 // The first min(count, kLanes) elements, zeros after them.
 template <typename Element>
 [[gnu::always_inline]] inline vf load_some(const Element* p, std::int64_t count) {
@@ -53,8 +29,7 @@ inline constexpr std::int64_t kLineBytes = 64;
 
 // Calls f with a null pointer of the elements' type.
 template <class F>
-inline void with_elements(DType dtype, bool int8, F f) {
-  if (int8) return f(static_cast<const Int8*>(nullptr));
+inline void with_elements(DType dtype, F f) {
   switch (dtype) {
     case DType::kFloat32:
       return f(static_cast<const float*>(nullptr));
@@ -108,7 +83,6 @@ struct PlainRows {
   static constexpr int kRowTile = kManyRegisters ? 4 : 2;
 
   static std::int64_t x_stride(std::int64_t columns) { return columns; }
-  static vf scaled(vf v, const float*) { return v; }
 
   template <int kR, int kB, bool kAsk>
   [[gnu::always_inline]] static void tile(const Element* w, std::int64_t w_stride, const float* x, std::int64_t columns,
@@ -141,9 +115,9 @@ struct PlainRows {
   }
 };
 
-// out[b] = scalar products of x[b] with `rows` <= kLanes rows of weights, lane by lane, zeros in the lanes after them.
-// kR rows are read side by side; with one, memory is asked for ahead of it.
-template <class Rows, int kR, int kB>
+// out[b * kStride] = scalar products of x[b] with `rows` <= kLanes rows of weights, lane by lane, zeros in the lanes
+// after them. kR rows are read side by side; with one, memory is asked for ahead of it.
+template <class Rows, int kStride, int kR, int kB>
 inline void dot_block(const typename Rows::Element* w, std::int64_t w_stride, int rows, const float* x,
                       std::int64_t columns, const Ahead& ahead, vf* out) {
   constexpr bool kAsk = kR == 1;
@@ -164,21 +138,20 @@ inline void dot_block(const typename Rows::Element* w, std::int64_t w_stride, in
   if (rows < kLanes) {
     for (; r < kLanes; ++r) unroll<kB>([&](auto b) { totals[b * kLanes + r] = vf{}; });
   }
-  const std::int64_t x_stride = Rows::x_stride(columns);
-  for (int b = 0; b < kB; ++b) out[b] = Rows::scaled(sums(totals + b * kLanes), x + b * x_stride);
+  for (int b = 0; b < kB; ++b) out[b * kStride] = sums(totals + b * kLanes);
 }
 
 // The same for `batch` <= Rows::kMostRows rows of x. Where nothing is asked for, the weights are in L1.
-template <class Rows>
+template <class Rows, int kStride = 1>
 inline void dot_block(const typename Rows::Element* w, std::int64_t w_stride, int rows, const float* x, int batch,
                       std::int64_t columns, const Ahead& ahead, vf* out) {
   unroll<Rows::kMostRows>([&](auto before) {
     constexpr int kB = before + 1;
     if (batch != kB) return;
     if constexpr (Rows::kRowTile > 1 && kB <= kFew) {
-      if (!ahead.asks) return dot_block<Rows, Rows::kRowTile, kB>(w, w_stride, rows, x, columns, ahead, out);
+      if (!ahead.asks) return dot_block<Rows, kStride, Rows::kRowTile, kB>(w, w_stride, rows, x, columns, ahead, out);
     }
-    dot_block<Rows, 1, kB>(w, w_stride, rows, x, columns, ahead, out);
+    dot_block<Rows, kStride, 1, kB>(w, w_stride, rows, x, columns, ahead, out);
   });
 }
 

@@ -53,12 +53,10 @@ void softcap_range(float* x, std::int64_t count, float cap) {
 }
 
 void narrow_range(const float* x, std::int64_t count, DType dtype, void* out) {
-  with_elements(dtype, false, [&](auto* type) {
+  with_elements(dtype, [&](auto* type) {
     using Element = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    if constexpr (!std::is_same_v<Element, Int8>) {
-      Element* target = static_cast<Element*>(out);
-      for (std::int64_t i = 0; i < count; i += kLanes) store_some(target + i, load_some(x + i, count - i), count - i);
-    }
+    Element* target = static_cast<Element*>(out);
+    for (std::int64_t i = 0; i < count; i += kLanes) store_some(target + i, load_some(x + i, count - i), count - i);
   });
 }
 

@@ -9,21 +9,28 @@
 
 namespace dive::cpu {
 
+// int8 weights lie in cache lines of 16 rows at 4 columns: [ceil(N / 16)][ceil(K / 4)][16][4], zeros beyond N and K. So
+// a line of them is what one instruction multiplies with 4 numbers.
+inline constexpr int kInt8Rows = 16, kInt8Columns = 4;
+static inline std::int64_t int8_stride(std::int64_t columns) {
+  return (columns + kInt8Columns - 1) / kInt8Columns * kInt8Columns;
+}
+
 struct Weight {
-  const void* data;     // [N][K]
+  const void* data;     // [N][K], or int8
   DType dtype;          // of data, where scales is null
-  const float* scales;  // [N]: data is int8 and row n stands for data[n] * scales[n]; or null
+  const float* scales;  // [N]: data is int8 and its row n stands for itself times scales[n]; or null
   std::int64_t rows, columns;
-  std::int64_t row_stride;  // in elements
+  std::int64_t row_stride;  // in elements; int8_stride(columns) of int8
   const float* bias;        // [N] or null
 };
 
 // Rows of activations for a projection, also in the forms in which kernels read them beside some kinds of weights (see
-// decode_inputs.h); null where no such weight is there, or where the level reads the numbers as they are.
+// decode_pairs.h, decode_int8.h); null where no such weight is there, or where the level reads the numbers as they are.
 struct Inputs {
   const float* plain;   // [B][K]
   const float* paired;  // for bfloat16 weights
-  const float* digits;  // for int8 weights
+  const float* int8;    // for int8 weights
 };
 
 // An adapter's two matrices are stored in the order in which a step reads them, block of ranks by block of ranks: that

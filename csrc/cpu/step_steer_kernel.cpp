@@ -74,7 +74,7 @@ void push_products(const Weight& matrices, const float* bias, Activation activat
   // A share is shorter than pages are asked for ahead, so within it it would be too late for the first ones after it.
   const char* const after = static_cast<const char*>(next);
   for (std::int64_t i = 0; after && i < kPagesAhead; i += kTouch) __builtin_prefetch(after + i);
-  with_elements(matrices.dtype, false, [&](auto* type) {
+  with_elements(matrices.dtype, [&](auto* type) {
     using Element = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     for (std::int64_t block = begin; block < end; ++block) {
       const std::int64_t before = block * kRankBlock;

@@ -12,6 +12,8 @@ namespace {
 
 // Products of two sizes with the size of an element stay below 2^63, and indices below 2^31.
 constexpr std::int64_t kMostSize = std::int64_t{1} << 30;
+// Sums of so many products of bytes fit into 32 bits.
+constexpr std::int64_t kMostInt8Columns = 1 << 17;
 // Of a sequence: rope's positions are float32 numbers, long inexact there.
 constexpr std::int64_t kMostPositions = std::int64_t{1} << 31;
 
@@ -65,8 +67,15 @@ void matrix(const std::string& part, const Weight& weight, std::int64_t rows, st
   in_range(part + " rows", weight.rows, 1, kMostSize);
   if (weight.rows > 1) in_range(part + " row stride", weight.row_stride, columns, kMostSize);
   one_of(part + " dtype", weight.dtype, DType::kFloat16);
-  const std::int64_t element = weight.scales ? 1 : cpu::size_of(weight.dtype);
-  memory(part, weight.data, ((weight.rows - 1) * weight.row_stride + columns) * element, element);
+  if (weight.scales) {
+    const std::int64_t stride = cpu::int8_stride(columns), lines = (weight.rows + cpu::kInt8Rows - 1) / cpu::kInt8Rows;
+    in_range(part + " columns of int8", columns, 1, kMostInt8Columns);
+    in_range(part + " row stride of int8", weight.row_stride, stride, stride);
+    memory(part, weight.data, lines * cpu::kInt8Rows * stride, 1);
+  } else {
+    const std::int64_t element = cpu::size_of(weight.dtype);
+    memory(part, weight.data, ((weight.rows - 1) * weight.row_stride + columns) * element, element);
+  }
   vector(part + " scales", weight.scales, weight.rows);
   vector(part + " bias", weight.bias, weight.rows);
 }
@@ -166,6 +175,7 @@ void check(const Plan& plan) {
     finite(name + " scaling", rope.scaling);
   }
   matrix("the embedding", plan.embedding, -1, plan.hidden_size);
+  if (plan.embedding.scales) refuse("the embedding", "is int8, whose rows do not lie side by side");
   in_range("rows of the embedding", plan.embedding.rows, plan.vocabulary, kMostSize);
   matrix("the head", plan.head, plan.vocabulary, plan.hidden_size);
   norm("the final norm", plan.final_norm, plan.hidden_size, true);

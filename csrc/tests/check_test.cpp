@@ -52,6 +52,23 @@ void bad_plans_are_refused() {
   bad("layer 0: k_proj has no data", [](Plan& p) { p.layers[0].k_proj.data = nullptr; });
   bad("the head row stride", [](Plan& p) { p.head.row_stride = p.hidden_size - 1; });
   bad("row stride", [](Plan& p) { p.layers[0].gate_proj.row_stride = kHuge; });
+  const float scales[1] = {};
+  bad("row stride of int8", [&](Plan& p) {
+    p.head.scales = scales;
+    p.head.row_stride = dive::cpu::int8_stride(p.hidden_size) + 1;
+  });
+  bad("columns of int8", [&](Plan& p) {
+    p.intermediate_size = (1 << 17) + 4;
+    for (Layer& layer : p.layers) {
+      layer.gate_proj.rows = layer.up_proj.rows = p.intermediate_size;
+      layer.down_proj.columns = layer.down_proj.row_stride = p.intermediate_size;
+      layer.down_proj.scales = scales;
+    }
+  });
+  bad("the embedding is int8", [&](Plan& p) {
+    p.embedding.scales = scales;
+    p.embedding.row_stride = dive::cpu::int8_stride(p.hidden_size);
+  });
   bad("dtype", [](Plan& p) { p.layers[0].up_proj.dtype = static_cast<DType>(3); });
   bad("aligned", [](Plan& p) {
     p.head.dtype = DType::kFloat32;

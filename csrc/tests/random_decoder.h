@@ -74,20 +74,36 @@ class Memory {
   }
 
   Weight matrix(Random& random, std::int64_t rows, std::int64_t columns, bool biased) {
-    const std::int64_t stride = columns + (random.coin() ? 0 : random.below(5) * shape_.unit);
-    const DType dtype = shape_.dtype.value_or(static_cast<DType>(random.below(3)));
-    Weight weight{nullptr, dtype, nullptr, rows, columns, stride, nullptr};
-    const std::int64_t count = (rows - 1) * stride + columns;
+    Weight weight = embedding(random, rows, columns);
     if (!shape_.dtype && random.below(4) == 0) {
-      std::int8_t* const data = take<std::int8_t>(count);
-      for (std::int64_t i = 0; i < count; ++i) data[i] = static_cast<std::int8_t>(random.below(255) - 127);
-      weight.data = data;
+      weight.row_stride = dive::cpu::int8_stride(columns);
+      weight.data = int8(random, rows, columns);
       weight.scales = vector(random, rows, 0.003f, 0.001f);
-    } else {
-      weight.data = elements(random, count, weight.dtype, 0.3f);
     }
     if (biased) weight.bias = vector(random, rows, 0, 0.1f);
     return weight;
+  }
+
+  // A matrix that is not only multiplied with.
+  Weight embedding(Random& random, std::int64_t rows, std::int64_t columns) {
+    const std::int64_t stride = columns + (random.coin() ? 0 : random.below(5) * shape_.unit);
+    const DType dtype = shape_.dtype.value_or(static_cast<DType>(random.below(3)));
+    const void* data = elements(random, (rows - 1) * stride + columns, dtype, 0.3f);
+    return {data, dtype, nullptr, rows, columns, stride, nullptr};
+  }
+
+  const void* int8(Random& random, std::int64_t rows, std::int64_t columns) {
+    using dive::cpu::kInt8Columns, dive::cpu::kInt8Rows;
+    const std::int64_t stride = dive::cpu::int8_stride(columns);
+    std::int8_t* const data = take<std::int8_t>((rows + kInt8Rows - 1) / kInt8Rows * kInt8Rows * stride);
+    for (std::int64_t n = 0; n < rows; ++n) {
+      std::int8_t* const row = data + n / kInt8Rows * kInt8Rows * stride + n % kInt8Rows * kInt8Columns;
+      for (std::int64_t k = 0; k < columns; ++k) {
+        row[k / kInt8Columns * kInt8Rows * kInt8Columns + k % kInt8Columns] =
+            static_cast<std::int8_t>(random.below(255) - 127);
+      }
+    }
+    return data;
   }
 
   // An adapter's two matrices, without gaps.
@@ -125,7 +141,7 @@ struct Model {
     plan.activation = static_cast<dive::cpu::GatedActivation>(random.below(3));
     plan.cache_dtype = shape.dtype.value_or(static_cast<DType>(random.below(3)));
     plan.embedding_scale = random.coin() ? 1 : 3;
-    plan.embedding = memory.matrix(random, plan.vocabulary, plan.hidden_size, false);
+    plan.embedding = memory.embedding(random, plan.vocabulary, plan.hidden_size);
     plan.head =
         random.coin() ? plan.embedding : memory.matrix(random, plan.vocabulary, plan.hidden_size, random.coin());
     plan.final_norm = norm(random, plan.hidden_size);

@@ -12,15 +12,23 @@ _LINE = 64  # bytes
 
 
 class Int8Matrix(NamedTuple):
-    """Row n of the matrix is about values[n] * scales[n].
+    """Row n of a matrix [N, K] is about scales[n] times its numbers in `values`.
 
     Attributes:
-        values: int8 [N, K], from -127 to 127.
+        values: int8 [ceil(N / 16), ceil(K / 4), 16, 4], from -127 to 127: number k of row n is
+            values[n // 16, k // 4, n % 16, k % 4], and beyond N and K there are zeros. So 16 rows at 4 columns are a
+            cache line, which the processor multiplies with 4 numbers at a time.
         scales: float32 [N], max |row| / 127.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
+
+    @property
+    def row_stride(self) -> int:
+        """Numbers of a row, zeros included."""
+        _, groups, _, columns = self.values.shape
+        return groups * columns
 
 
 class _Kept(NamedTuple):
@@ -42,8 +50,10 @@ def int8_matrix(weight: torch.Tensor) -> Int8Matrix:
     if found is not None and found.state == weight_state:
         return found.matrix
     rows, columns = weight.shape
-    matrix = Int8Matrix(torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows))
     cpu = native.load().cpu
+    line_rows, line_columns = cpu.decode.INT8_LINE
+    lines = (-(-rows // line_rows), -(-columns // line_columns), line_rows, line_columns)
+    matrix = Int8Matrix(torch.empty(lines, dtype=torch.int8), torch.empty(rows))
     cpu.decode.quantize_int8(
         (weight.data_ptr(), _DTYPES.index(weight.dtype), 0, rows, columns, weight.stride(0), 0),
         matrix.values.data_ptr(),

@@ -257,7 +257,7 @@ class _Builder:
         matrix = int8_matrix(linear.weight)
         self.kept += matrix
         _, dtype, rows, columns, _, bias, _ = whole
-        return matrix.values.data_ptr(), dtype, rows, columns, columns, bias, matrix.scales.data_ptr()
+        return matrix.values.data_ptr(), dtype, rows, columns, matrix.row_stride, bias, matrix.scales.data_ptr()
 
     def weight(self, weight: torch.Tensor, bias, shape: tuple, where: str) -> tuple:
         """(address, dtype, rows, columns, row stride, bias, scales) of a matrix, in place."""

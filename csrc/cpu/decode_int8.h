@@ -1,0 +1,184 @@
+// Products of int8 weights with a few rows of activations, for decode_project_kernel.cpp alone. A cache line of weights
+// is 16 rows at 4 columns (decode_types.h), so that rows are the lanes of a product's sums: a number of x meets 16
+// weights at once, and nothing is left to add up at the end of a row. Both forms below read x from a copy of their own,
+// a group of 4 columns at a time, zeros behind the last column.
+#pragma once
+
+#include "cpu/decode_rows.h"
+
+namespace dive::cpu::DIVE_ISA {
+
+inline constexpr int kLineVectors = kInt8Rows / kLanes;
+
+inline std::int64_t int8_lines(std::int64_t columns) { return int8_stride(columns) / kInt8Columns; }
+
+// Calls add(line) for the lines of weights from `w` on, and asks for memory ahead of them.
+template <bool kAsk, class Add>
+[[gnu::always_inline]] inline void for_lines(const std::int8_t* w, std::int64_t lines, const Ahead& ahead, Add add) {
+  const std::int8_t* const all = w + lines * kLineBytes;
+  while (w < all) {
+    const std::int8_t* const end = kAsk && w + kTouch < all ? w + kTouch : all;
+    const char* asked = nullptr;
+    if (kAsk) {
+      ahead.touch(w);
+      asked = ahead.of(w, kLinesAhead);
+    }
+    for (; w < end; w += kLineBytes) {
+      if (kAsk) {
+        ask_for_line(asked);
+        asked += kLineBytes;
+      }
+      add(w);
+    }
+  }
+}
+
+#if defined(__AVX512VNNI__)
+// One instruction adds 64 products of bytes, exactly. So x is kept as integers of 23 bits and a sign, x = scale * n, in
+// three signed digits, n = d0 + 256 d1 + 65536 d2: what n lacks is at most half of 2^-22.99 of the row's largest
+// number, as much as float32 loses of a sum of which that number is a term. One factor of a product must be unsigned:
+// weights are read as w + 128, and the sums begin at -128 times those of the digits.
+struct Int8Products {
+  static constexpr int kDigits = 3;
+  static constexpr int kMostRows = kBatchTile;   // 8, whose digits have 24 sums
+  static constexpr float kLargest = 8355000.0f;  // 127 * (1 + 256 + 65536) = 8355711, and room for rounding
+  // A row, in numbers of 32 bits: its scale, where the sums of each digit begin, and for every 4 columns 4 bytes of
+  // each digit.
+  static constexpr std::int64_t kBegins = 1, kGroups = kBegins + kDigits;
+
+  static std::int64_t x_stride(std::int64_t columns) { return kGroups + int8_lines(columns) * kDigits; }
+
+  static void arrange(const float* x, std::int64_t columns, float* out) {
+    vf most = {}, wrong = {};
+    for (std::int64_t k = 0; k < columns; k += kLanes) {
+      const vf v = load_some(x + k, columns - k);
+      most = max(select(v < splat(0.0f), -v, v), most);
+      wrong += v * splat(0.0f);  // NaN where a number is none or infinite
+    }
+    float largest = 1e-30f;  // whose reciprocal is a number
+    for (int i = 0; i < kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
+    out[0] = largest / kLargest + sum(wrong);
+    const vf inverse = splat(kLargest / largest);
+    vi totals[kDigits] = {};
+    for (std::int64_t k = 0; k < columns; k += kLanes) {
+      vi number = (vi)_mm512_maskz_cvtps_epi32(0xffff, (__m512)(load_some(x + k, columns - k) * inverse));
+      __m128i digits[kDigits];
+      for (int i = 0; i < kDigits; ++i) {
+        const vi digit = number << 24 >> 24;
+        totals[i] += digit;
+        digits[i] = _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)digit);
+        number = (number - digit) >> 8;
+      }
+      // Four groups: their words are digit by digit, and are to be group by group.
+      __m512i words = _mm512_zextsi128_si512(digits[0]);
+      words = _mm512_inserti32x4(words, digits[1], 1);
+      words = _mm512_inserti32x4(words, digits[2], 2);
+      const __m512i order = _mm512_setr_epi32(0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11, 0, 0, 0, 0);
+      const std::int64_t groups = int8_lines(columns - k);
+      const __mmask16 some = groups >= 4 ? 0xfff : static_cast<__mmask16>((1 << groups * kDigits) - 1);
+      _mm512_mask_storeu_epi32(out + kGroups + k / kInt8Columns * kDigits, some,
+                               _mm512_maskz_permutexvar_epi32(0xffff, order, words));
+    }
+    for (int i = 0; i < kDigits; ++i) {
+      std::int32_t begin = 0;
+      for (int lane = 0; lane < kLanes; ++lane) begin -= 128 * totals[i][lane];
+      std::memcpy(out + kBegins + i, &begin, sizeof begin);
+    }
+  }
+
+  static vi word(const float* p) {
+    std::int32_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return splat(bits);
+  }
+
+  template <int kB, bool kAsk>
+  static void tile(const std::int8_t* w, const float* x, std::int64_t columns, const Ahead& ahead, vf* out) {
+    const std::int64_t stride = x_stride(columns);
+    // Of the type that instructions add, or GCC 12 copies every sum twice a line.
+    vi sums[kB][kDigits];
+    unroll<kB>([&](auto b) __attribute__((always_inline)) {
+      unroll<kDigits>([&](auto i) __attribute__((always_inline)) { sums[b][i] = word(x + b * stride + kBegins + i); });
+    });
+    const float* group = x + kGroups;
+    for_lines<kAsk>(w, int8_lines(columns), ahead, [&](const std::int8_t* line) __attribute__((always_inline)) {
+      const __m512i weights = _mm512_xor_si512(_mm512_loadu_si512(line), _mm512_set1_epi8(-128));
+      unroll<kB>([&](auto b) __attribute__((always_inline)) {
+        const float* const numbers = group + b * stride;
+        unroll<kDigits>([&](auto i) __attribute__((always_inline)) {
+          sums[b][i] = (vi)_mm512_dpbusd_epi32((__m512i)sums[b][i], weights, (__m512i)word(numbers + i));
+        });
+      });
+      group += kDigits;
+    });
+    const auto number = [](vi v) __attribute__((always_inline)) { return __builtin_convertvector(v, vf); };
+    unroll<kB>([&](auto b) __attribute__((always_inline)) {
+      const auto& s = sums[b];
+      const vf total = number(s[2]) * splat(65536.0f) + (number(s[1]) * splat(256.0f) + number(s[0]));
+      out[b] = total * splat(x[b * stride]);
+    });
+  }
+};
+#else
+// A column's weights are moved to the top byte of 32 bits, where their sign is one, and so become 2^24 times as large;
+// x is kept times 2^-24.
+struct Int8Products {
+  // A row's sums of one column in `kChains` do not wait for those of the column before it.
+  static constexpr int kChains = kLineVectors == 1 ? 2 : 1;
+  static constexpr int kMostRows = (kManyRegisters ? 16 : 8) / (kChains * kLineVectors);
+
+  static std::int64_t x_stride(std::int64_t columns) { return int8_stride(columns); }
+
+  static void arrange(const float* x, std::int64_t columns, float* out) {
+    for (std::int64_t k = 0; k < columns; ++k) out[k] = x[k] * 0x1p-24f;
+    for (std::int64_t k = columns; k < x_stride(columns); ++k) out[k] = 0;
+  }
+
+  template <int kB, bool kAsk>
+  static void tile(const std::int8_t* w, const float* x, std::int64_t columns, const Ahead& ahead, vf* out) {
+    const std::int64_t stride = x_stride(columns);
+    vf sums[kB][kChains][kLineVectors] = {};
+    const float* group = x;
+    for_lines<kAsk>(w, int8_lines(columns), ahead, [&](const std::int8_t* line) __attribute__((always_inline)) {
+      vi words[kLineVectors];
+      // One by one: GCC 12 would copy them together, by way of the stack.
+      unroll<kLineVectors>(
+          [&](auto v) __attribute__((always_inline)) { std::memcpy(&words[v], line + v * sizeof(vi), sizeof(vi)); });
+      unroll<kInt8Columns>([&](auto j) __attribute__((always_inline)) {
+        vf weights[kLineVectors];
+        unroll<kLineVectors>([&](auto v) __attribute__((always_inline)) {
+          const vi high = words[v] << (24 - 8 * j);
+          weights[v] = __builtin_convertvector(j == 0 ? high : high & splat(-0x1000000), vf);
+        });
+        unroll<kB>([&](auto b) __attribute__((always_inline)) {
+          const vf number = splat((group + b * stride)[j]);
+          unroll<kLineVectors>([&](auto v)
+                                   __attribute__((always_inline)) { sums[b][j % kChains][v] += weights[v] * number; });
+        });
+      });
+      group += kInt8Columns;
+    });
+    unroll<kB>([&](auto b) __attribute__((always_inline)) {
+      unroll<kLineVectors>([&](auto v) __attribute__((always_inline)) {
+        out[b * kLineVectors + v] = kChains == 1 ? sums[b][0][v] : sums[b][0][v] + sums[b][kChains - 1][v];
+      });
+    });
+  }
+};
+#endif
+
+// out[b] = scalar products of x[b] with the 16 rows of weights from `w` on, kLineVectors vectors each.
+inline void int8_block(const std::int8_t* w, const float* x, int batch, std::int64_t columns, const Ahead& ahead,
+                       vf* out) {
+  unroll<Int8Products::kMostRows>([&](auto before) {
+    constexpr int kB = before + 1;
+    if (batch != kB) return;
+    if (ahead.asks) {
+      Int8Products::tile<kB, true>(w, x, columns, ahead, out);
+    } else {
+      Int8Products::tile<kB, false>(w, x, columns, ahead, out);
+    }
+  });
+}
+
+}  // namespace dive::cpu::DIVE_ISA
