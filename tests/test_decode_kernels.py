@@ -119,8 +119,8 @@ def test_projections_are_right(level, kind):
 @each_kind
 @each_level
 def test_projections_of_model_sizes(level, kind):
-    """Rows that fit into L1 beside each other, and rows that do not, which come in smaller parts of the batch."""
-    for columns in (576, 1536):
+    """Rows that fit into L1 beside each other, and rows that do not, which are multiplied part by part."""
+    for columns in (576, 1536, 2083):
         matrix, x = Matrix(200, columns, kind), torch.randn(64, columns)
         found = project([matrix], x, level)[0]
         check_close(found, matrix.times(x))

@@ -34,17 +34,19 @@ struct PairedRows {
   }
 
   template <int kR, int kB, bool kAsk>
-  [[gnu::always_inline]] static void tile(const Bf16* w, std::int64_t, const float* x, std::int64_t columns,
-                                          const char* ahead, vf* totals) {
+  [[gnu::always_inline]] static void tile(const Bf16* w, std::int64_t, const float* x, std::int64_t x_stride,
+                                          std::int64_t columns, const char* ahead, bool more, vf* totals) {
     static_assert(kR == kRowTile);
     constexpr int kSteps = kLineBytes / static_cast<int>(kBlock * sizeof(Bf16));
-    const std::int64_t stride = x_stride(columns);
     vf even[kB], odd[kB];
-    unroll<kB>([&](auto b) __attribute__((always_inline)) { even[b] = odd[b] = vf{}; });
+    unroll<kB>([&](auto b) __attribute__((always_inline)) {
+      even[b] = more ? totals[b * kLanes] : vf{};
+      odd[b] = vf{};
+    });
     const auto add = [&](std::int64_t k, auto load_at) __attribute__((always_inline)) {
       const vu weights = load_at(w + k);
       unroll<kB>([&](auto b) __attribute__((always_inline)) {
-        const float* numbers = x + b * stride + k;
+        const float* numbers = x + b * x_stride + k;
         even[b] += (vf)(weights << 16) * load(numbers);
         odd[b] += (vf)(weights & 0xffff0000u) * load(numbers + kLanes);
       });

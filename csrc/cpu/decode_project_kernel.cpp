@@ -59,20 +59,8 @@ inline void weight_block(const Weight& weight, std::int64_t n, std::int64_t end,
   }
 }
 
-// Rows of the batch that meet a weight together. They are read again for every row of weights, so they are to fit into
-// L1: on a Xeon whose L1 has 48 KiB, 8 rows of 1536 numbers took 25 cycles a line of weights, twice 4 of them took 15.
-// Beside int8 weights they are read once for 16 rows, which L2 does in time.
-int batch_tile(const Weight& weight, const Inputs& x) {
-  if (weight.scales) return Int8Products::kMostRows;
-  constexpr std::int64_t kSmallL1 = 24576;  // of 32 KiB, with room for what passes through
-  int most = kFew;
-  with_rows(weight, x, [&](auto* type, const float*) {
-    using Rows = std::remove_pointer_t<decltype(type)>;
-    const std::int64_t bytes = Rows::x_stride(weight.columns) * static_cast<std::int64_t>(sizeof(float));
-    if (bytes * Rows::kMostRows <= kSmallL1) most = Rows::kMostRows;
-  });
-  return most;
-}
+// Rows of the batch that meet a weight together.
+int batch_tile(const Weight& weight) { return weight.scales ? Int8Products::kMostRows : kBatchTile; }
 
 // Calls body(n, first row of the batch, rows of the batch) for every block of weights, and within it for every part of
 // the batch, `most` rows of it or fewer.
@@ -99,7 +87,7 @@ void arrange_int8(const float* x, int batch, std::int64_t columns, float* out) {
 
 void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, const Inputs& x, int batch,
                   float* outputs, bool add, const void* next) {
-  for_blocks(begin, end, batch, batch_tile(weight, x), [&](std::int64_t n, int first, int count) {
+  for_blocks(begin, end, batch, batch_tile(weight), [&](std::int64_t n, int first, int count) {
     vf found[kBatchTile * kBlockVectors];
     weight_block(weight, n, end, x, first, count, next, found);
     for (int b = 0; b < count; ++b) {
@@ -116,7 +104,7 @@ void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, co
 
 void project_gated_rows(const Weight& gate, const Weight& up, std::int64_t begin, std::int64_t end, const Inputs& x,
                         int batch, GatedActivation activation, float* outputs, const void* next) {
-  const int of_gate = batch_tile(gate, x), of_up = batch_tile(up, x), most = of_gate < of_up ? of_gate : of_up;
+  const int of_gate = batch_tile(gate), of_up = batch_tile(up), most = of_gate < of_up ? of_gate : of_up;
   for_blocks(begin, end, batch, most, [&](std::int64_t n, int first, int count) {
     vf gates[kBatchTile * kBlockVectors], ups[kBatchTile * kBlockVectors];
     weight_block(gate, n, end, x, first, count, next, gates);

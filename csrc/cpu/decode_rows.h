@@ -69,12 +69,26 @@ struct Ahead {
 [[gnu::always_inline]] inline void ask_for_line(const char* line) { __builtin_prefetch(line, 0, 2); }
 
 // Rows of x that meet a weight together: their arithmetic is done while the next weights come, that of further rows is
-// not. At most kBatchTile of them; kFew where registers or L1 hold no more.
+// not. At most kBatchTile of them; kFew where registers hold no more.
 inline constexpr int kBatchTile = kManyRegisters ? 8 : 4, kFew = 4;
+
+// Numbers of x that fit into an L1 of 32 KiB, with room for what passes through: rows of x are read again for every row
+// of weights.
+inline constexpr std::int64_t kMostNumbers = 6144;
+
+// Columns that all rows of weights meet before the next ones where x does not fit: so many of 8 rows do. A sum over a
+// row is one over such parts, each of which begins with what those before it came to; few rows of x, which fit, are
+// summed in the same way, so that a result does not depend on how many there are.
+inline std::int64_t part_size(std::int64_t columns) {
+  constexpr std::int64_t kMost = kMostNumbers / 8, kUnit = 32;
+  const std::int64_t parts =
+      (columns + kMost - 1) / kMost;  // about equal ones, or too little is asked for in a short one
+  return ((columns + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
+}
 
 // Rows of weights and rows of x as they are. The tile's sums are over the columns, one vector of partial sums per row
 // of weights and row of x, in the same order whatever kR and kB are: that is what makes a row's result independent of
-// its batch. With kAsk, memory is asked for from `ahead` on.
+// its batch. With `more` they begin with what `totals` hold. With kAsk, memory is asked for from `ahead` on.
 template <class E>
 struct PlainRows {
   using Element = E;
@@ -85,18 +99,19 @@ struct PlainRows {
   static std::int64_t x_stride(std::int64_t columns) { return columns; }
 
   template <int kR, int kB, bool kAsk>
-  [[gnu::always_inline]] static void tile(const Element* w, std::int64_t w_stride, const float* x, std::int64_t columns,
-                                          const char* ahead, vf* totals) {
+  [[gnu::always_inline]] static void tile(const Element* w, std::int64_t w_stride, const float* x,
+                                          std::int64_t x_stride, std::int64_t columns, const char* ahead, bool more,
+                                          vf* totals) {
     // Vectors in a cache line of weights; four steps at a time at most, lest the code grow.
     constexpr int kLine = kLineBytes / static_cast<int>(kLanes * sizeof(Element));
     constexpr int kSteps = kLine < 1 ? 1 : kLine > 4 ? 4 : kLine;
     vf sums[kB][kR];
-    unroll<kB>([&](auto b) { unroll<kR>([&](auto r) { sums[b][r] = vf{}; }); });
+    unroll<kB>([&](auto b) { unroll<kR>([&](auto r) { sums[b][r] = more ? totals[b * kLanes + r] : vf{}; }); });
     const auto add = [&](std::int64_t k, auto load_at) __attribute__((always_inline)) {
       vf weights[kR];
       unroll<kR>([&](auto r) { weights[r] = load_at(w + r * w_stride + k); });
       unroll<kB>([&](auto b) {
-        const vf numbers = load_at(x + b * columns + k);
+        const vf numbers = load_at(x + b * x_stride + k);
         unroll<kR>([&](auto r) { sums[b][r] += weights[r] * numbers; });
       });
     };
@@ -120,21 +135,49 @@ struct PlainRows {
 template <class Rows, int kStride, int kR, int kB>
 inline void dot_block(const typename Rows::Element* w, std::int64_t w_stride, int rows, const float* x,
                       std::int64_t columns, const Ahead& ahead, vf* out) {
-  constexpr bool kAsk = kR == 1;
-  const std::int64_t row_bytes = w_stride * static_cast<std::int64_t>(sizeof(*w));
+  using Element = typename Rows::Element;
+  constexpr std::int64_t kBytes = sizeof(Element);
+  const std::int64_t x_stride = Rows::x_stride(columns), part = part_size(columns);
+  const int parts = static_cast<int>((columns + part - 1) / part);
+  const bool part_by_part = kB * columns > kMostNumbers;
+  const int rows_ahead = static_cast<int>((kLinesAhead / kBytes + part - 1) / part);
   vf totals[kB * kLanes];
   std::int64_t touched = 0;
-  int r = 0;
-  for (; r + kR <= rows; r += kR) {
-    const auto* row = w + r * w_stride;
-    if (kAsk && ahead.asks) {
-      for (; touched < (r + 1) * row_bytes; touched += kTouch) ahead.touch(reinterpret_cast<const char*>(w) + touched);
-      Rows::template tile<kR, kB, true>(row, w_stride, x, columns, ahead.of(row, kLinesAhead), totals + r);
+  // Asks for the page of a piece that is read much later; returns where the piece lies that is read kLinesAhead later.
+  const auto ask = [&](int r, std::int64_t k) {
+    const Element* const used = w + r * w_stride + k;
+    if (!part_by_part) {
+      for (; touched < (r + 1) * w_stride * kBytes; touched += kTouch) {
+        ahead.touch(reinterpret_cast<const char*>(w) + touched);
+      }
+      return ahead.of(used, kLinesAhead);
+    }
+    const Element* const next = k + part < columns ? used + part : w + (rows + r) * w_stride;
+    __builtin_prefetch(ahead.of(next, 0));
+    if (r + rows_ahead < rows) return ahead.of(used + rows_ahead * w_stride, 0);
+    return ahead.of(next + (rows_ahead - rows) * w_stride, 0);
+  };
+  const auto meet = [&](int r, std::int64_t k, auto width) __attribute__((always_inline)) {
+    const std::int64_t some = columns - k < part ? columns - k : part;
+    const Element* const row = w + r * w_stride + k;
+    if (kR == 1 && ahead.asks) {
+      Rows::template tile<width, kB, true>(row, w_stride, x + k, x_stride, some, ask(r, k), k > 0, totals + r);
     } else {
-      Rows::template tile<kR, kB, false>(row, w_stride, x, columns, nullptr, totals + r);
+      Rows::template tile<width, kB, false>(row, w_stride, x + k, x_stride, some, nullptr, k > 0, totals + r);
+    }
+  };
+  const int tiles = rows / kR, outer = part_by_part ? parts : tiles, inner = part_by_part ? tiles : parts;
+  for (int i = 0; i < outer; ++i) {
+    for (int j = 0; j < inner; ++j) {
+      meet((part_by_part ? j : i) * kR, (part_by_part ? i : j) * part, std::integral_constant<int, kR>{});
     }
   }
-  for (; r < rows; ++r) Rows::template tile<1, kB, false>(w + r * w_stride, w_stride, x, columns, nullptr, totals + r);
+  int r = tiles * kR;
+  if constexpr (kR > 1) {
+    for (; r < rows; ++r) {
+      for (int i = 0; i < parts; ++i) meet(r, i * part, std::integral_constant<int, 1>{});
+    }
+  }
   if (rows < kLanes) {
     for (; r < kLanes; ++r) unroll<kB>([&](auto b) { totals[b * kLanes + r] = vf{}; });
   }
