@@ -16,7 +16,9 @@ from dive_fast import native
 from dive_fast.errors import InputError
 
 # As /proc/cpuinfo names them; on x86 the extension uses the same names.
-X86_FLAGS = "sse4_2 avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni amx_bf16 amx_int8".split()
+X86_FLAGS = """
+    sse4_2 avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni amx_bf16 amx_int8
+""".split()
 ARM_FLAGS = {"asimd": "neon"}
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="compares with /proc")

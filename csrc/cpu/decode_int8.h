@@ -12,6 +12,15 @@ inline constexpr int kLineVectors = kInt8Rows / kLanes;
 
 inline std::int64_t int8_lines(std::int64_t columns) { return int8_stride(columns) / kInt8Columns; }
 
+typedef std::int8_t Bytes __attribute__((vector_size(kLanes)));
+
+// Vector v of a line. One by one: GCC 12 would copy a line's vectors together, by way of the stack.
+[[gnu::always_inline]] inline vi load_words(const std::int8_t* line, int v) {
+  vi words;
+  std::memcpy(&words, line + v * sizeof words, sizeof words);
+  return words;
+}
+
 // Calls add(line) for the lines of weights from `w` on, and asks for memory ahead of them.
 template <bool kAsk, class Add>
 [[gnu::always_inline]] inline void for_lines(const std::int8_t* w, std::int64_t lines, const Ahead& ahead, Add add) {
@@ -33,14 +42,35 @@ template <bool kAsk, class Add>
   }
 }
 
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+// To each 32-bit lane of sums the four products of bytes in it, exactly. x86 wants one factor to be unsigned: it reads
+// weights as w + kOffset, and the sums begin at -kOffset times those of the other factor.
 #if defined(__AVX512VNNI__)
-// One instruction adds 64 products of bytes, exactly. So x is kept as integers of 23 bits and a sign, x = scale * n, in
-// three signed digits, n = d0 + 256 d1 + 65536 d2: what n lacks is at most half of 2^-22.99 of the row's largest
-// number, as much as float32 loses of a sum of which that number is a term. One factor of a product must be unsigned:
-// weights are read as w + 128, and the sums begin at -128 times those of the digits.
+inline constexpr std::int32_t kOffset = 128, kOffsets = -0x7f7f7f80;  // of four bytes
+inline vi add_products(vi sums, vi weights, vi numbers) {
+  return (vi)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, (__m512i)numbers);
+}
+inline vi round_to_whole(vf v) { return (vi)_mm512_maskz_cvtps_epi32(0xffff, (__m512)v); }
+#elif defined(__AVXVNNI__)
+inline constexpr std::int32_t kOffset = 128, kOffsets = -0x7f7f7f80;  // of four bytes
+inline vi add_products(vi sums, vi weights, vi numbers) {
+  return (vi)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)weights, (__m256i)numbers);
+}
+inline vi round_to_whole(vf v) { return (vi)_mm256_cvtps_epi32((__m256)v); }
+#else
+inline constexpr std::int32_t kOffset = 0, kOffsets = 0;
+inline vi add_products(vi sums, vi weights, vi numbers) {
+  return (vi)vdotq_s32((int32x4_t)sums, (int8x16_t)weights, (int8x16_t)numbers);
+}
+inline vi round_to_whole(vf v) { return (vi)vcvtnq_s32_f32((float32x4_t)v); }
+#endif
+
+// x is kept as integers of 23 bits and a sign, x = scale * n, in three signed digits, n = d0 + 256 d1 + 65536 d2: what
+// n lacks is at most half of 2^-22.99 of the row's largest number, as much as float32 loses of a sum of which that
+// number is a term.
 struct Int8Products {
   static constexpr int kDigits = 3;
-  static constexpr int kMostRows = kBatchTile;   // 8, whose digits have 24 sums
+  static constexpr int kMostRows = (kManyRegisters ? 24 : 12) / (kDigits * kLineVectors);  // so many sums
   static constexpr float kLargest = 8355000.0f;  // 127 * (1 + 256 + 65536) = 8355711, and room for rounding
   // A row, in numbers of 32 bits: its scale, where the sums of each digit begin, and for every 4 columns 4 bytes of
   // each digit.
@@ -60,28 +90,25 @@ struct Int8Products {
     out[0] = largest / kLargest + sum(wrong);
     const vf inverse = splat(kLargest / largest);
     vi totals[kDigits] = {};
+    float* group = out + kGroups;
     for (std::int64_t k = 0; k < columns; k += kLanes) {
-      vi number = (vi)_mm512_maskz_cvtps_epi32(0xffff, (__m512)(load_some(x + k, columns - k) * inverse));
-      __m128i digits[kDigits];
+      vi number = round_to_whole(load_some(x + k, columns - k) * inverse);
+      Bytes digits[kDigits];
       for (int i = 0; i < kDigits; ++i) {
         const vi digit = number << 24 >> 24;
         totals[i] += digit;
-        digits[i] = _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)digit);
+        digits[i] = __builtin_convertvector(digit, Bytes);
         number = (number - digit) >> 8;
       }
-      // Four groups: their words are digit by digit, and are to be group by group.
-      __m512i words = _mm512_zextsi128_si512(digits[0]);
-      words = _mm512_inserti32x4(words, digits[1], 1);
-      words = _mm512_inserti32x4(words, digits[2], 2);
-      const __m512i order = _mm512_setr_epi32(0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11, 0, 0, 0, 0);
-      const std::int64_t groups = int8_lines(columns - k);
-      const __mmask16 some = groups >= 4 ? 0xfff : static_cast<__mmask16>((1 << groups * kDigits) - 1);
-      _mm512_mask_storeu_epi32(out + kGroups + k / kInt8Columns * kDigits, some,
-                               _mm512_maskz_permutexvar_epi32(0xffff, order, words));
+      for (int lane = 0; lane < kLanes && k + lane < columns; lane += kInt8Columns, group += kDigits) {
+        for (int i = 0; i < kDigits; ++i) {
+          std::memcpy(group + i, reinterpret_cast<const char*>(&digits[i]) + lane, kInt8Columns);
+        }
+      }
     }
     for (int i = 0; i < kDigits; ++i) {
       std::int32_t begin = 0;
-      for (int lane = 0; lane < kLanes; ++lane) begin -= 128 * totals[i][lane];
+      for (int lane = 0; lane < kLanes; ++lane) begin -= kOffset * totals[i][lane];
       std::memcpy(out + kBegins + i, &begin, sizeof begin);
     }
   }
@@ -95,27 +122,37 @@ struct Int8Products {
   template <int kB, bool kAsk>
   static void tile(const std::int8_t* w, const float* x, std::int64_t columns, const Ahead& ahead, vf* out) {
     const std::int64_t stride = x_stride(columns);
-    // Of the type that instructions add, or GCC 12 copies every sum twice a line.
-    vi sums[kB][kDigits];
+    // Of the type that add_products adds, or GCC 12 copies every sum twice a line.
+    vi sums[kB][kDigits][kLineVectors];
     unroll<kB>([&](auto b) __attribute__((always_inline)) {
-      unroll<kDigits>([&](auto i) __attribute__((always_inline)) { sums[b][i] = word(x + b * stride + kBegins + i); });
+      unroll<kDigits>([&](auto i) __attribute__((always_inline)) {
+        unroll<kLineVectors>(
+            [&](auto v) __attribute__((always_inline)) { sums[b][i][v] = word(x + b * stride + kBegins + i); });
+      });
     });
     const float* group = x + kGroups;
     for_lines<kAsk>(w, int8_lines(columns), ahead, [&](const std::int8_t* line) __attribute__((always_inline)) {
-      const __m512i weights = _mm512_xor_si512(_mm512_loadu_si512(line), _mm512_set1_epi8(-128));
+      vi weights[kLineVectors];
+      unroll<kLineVectors>([&](auto v)
+                               __attribute__((always_inline)) { weights[v] = load_words(line, v) ^ splat(kOffsets); });
       unroll<kB>([&](auto b) __attribute__((always_inline)) {
         const float* const numbers = group + b * stride;
         unroll<kDigits>([&](auto i) __attribute__((always_inline)) {
-          sums[b][i] = (vi)_mm512_dpbusd_epi32((__m512i)sums[b][i], weights, (__m512i)word(numbers + i));
+          const vi number = word(numbers + i);
+          unroll<kLineVectors>([&](auto v) __attribute__((always_inline)) {
+            sums[b][i][v] = add_products(sums[b][i][v], weights[v], number);
+          });
         });
       });
       group += kDigits;
     });
     const auto number = [](vi v) __attribute__((always_inline)) { return __builtin_convertvector(v, vf); };
     unroll<kB>([&](auto b) __attribute__((always_inline)) {
-      const auto& s = sums[b];
-      const vf total = number(s[2]) * splat(65536.0f) + (number(s[1]) * splat(256.0f) + number(s[0]));
-      out[b] = total * splat(x[b * stride]);
+      unroll<kLineVectors>([&](auto v) __attribute__((always_inline)) {
+        const auto& s = sums[b];
+        const vf total = number(s[2][v]) * splat(65536.0f) + (number(s[1][v]) * splat(256.0f) + number(s[0][v]));
+        out[b * kLineVectors + v] = total * splat(x[b * stride]);
+      });
     });
   }
 };

@@ -123,7 +123,6 @@ void project_gated_rows(const Weight& gate, const Weight& up, std::int64_t begin
 void quantize_rows(const Weight& weight, std::int64_t begin, std::int64_t end, std::int8_t* out, float* scales) {
   with_elements(weight.dtype, [&](auto* type) {
     using Element = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    typedef std::int8_t vb __attribute__((vector_size(kLanes)));
     const std::int64_t K = weight.columns, stride = int8_stride(K);
     for (std::int64_t n = begin; n < end || n % kInt8Rows; ++n) {
       std::int8_t* const words = out + n / kInt8Rows * kInt8Rows * stride + n % kInt8Rows * kInt8Columns;
@@ -144,7 +143,7 @@ void quantize_rows(const Weight& weight, std::int64_t begin, std::int64_t end, s
       const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
       for (std::int64_t k = 0; k < K; k += kLanes) {
         const vi whole = (vi)(load_some(row + k, K - k) * inverse + shifter) - (vi)shifter;
-        const vb narrow = __builtin_convertvector(whole, vb);
+        const Bytes narrow = __builtin_convertvector(whole, Bytes);
         for (int i = 0; i < kLanes && k + i < K; i += kInt8Columns) {
           std::memcpy(words + (k + i) * kInt8Rows, reinterpret_cast<const char*>(&narrow) + i, kInt8Columns);
         }

@@ -65,6 +65,7 @@ Features detect() {
     f.avx2 = bit(extended.ebx, 5);
     f.fma = bit(base.ecx, 12);
     f.f16c = bit(base.ecx, 29);
+    f.avx_vnni = bit(extended1.eax, 4);
   }
   if ((states & kZmm) == kZmm && bit(extended.ebx, 16)) {
     f.avx512f = true;
@@ -140,6 +141,7 @@ std::vector<std::string> instruction_sets() {
       {"avx2", f.avx2},
       {"fma", f.fma},
       {"f16c", f.f16c},
+      {"avx_vnni", f.avx_vnni},
       {"avx512f", f.avx512f},
       {"avx512bw", f.avx512bw},
       {"avx512vl", f.avx512vl},

@@ -17,6 +17,8 @@ bool usable(Isa isa) {
 #if defined(DIVE_X86_VARIANTS)
     case Isa::kAvx2:
       return avx2;
+    case Isa::kAvx2Vnni:
+      return avx2 && f.avx_vnni;
     case Isa::kAvx512:
       return avx512;
     case Isa::kAvx512Bf16:
@@ -38,6 +40,8 @@ const char* isa_name(Isa isa) {
       return "portable";
     case Isa::kAvx2:
       return "avx2";
+    case Isa::kAvx2Vnni:
+      return "avx2_vnni";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx512Bf16:
@@ -48,7 +52,7 @@ const char* isa_name(Isa isa) {
 
 std::vector<Isa> usable_isas() {
   std::vector<Isa> found;
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx2Vnni, Isa::kAvx512, Isa::kAvx512Bf16}) {
     if (usable(isa)) found.push_back(isa);
   }
   return found;
