@@ -125,8 +125,8 @@ def load(base_or_path, adapter_dir, *, dtype=None, device=None) -> peft.PeftMode
             as `model.processor`, where `generate` finds it.
         adapter_dir: what `train` wrote.
         dtype: of a model loaded by name.
-        device: "cpu", "cuda:1"; None leaves a given model where it is, and puts one loaded by name on the current GPU
-            where there is one.
+        device: "cpu", "cuda:1", or "auto" for as many GPUs as the model takes; None leaves a given model where it is,
+            and puts one loaded by name on the current GPU where there is one.
 
     Raises:
         InputError: no adapter there, one that is cut short, one for another base model; no such device, or no room on

@@ -186,7 +186,8 @@ def _generate(commands) -> None:
     parser.add_argument("--model", metavar="M", help="short name, hub id or folder; default: the adapter's own")
     parser.add_argument("--adapter", metavar="DIR", help="a trained adapter; without it the model itself writes")
     parser.add_argument("--dtype", help="of the weights: float32, bfloat16 or float16; default: as in a training file")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
+    about = "such as cpu or cuda:1; auto: as many GPUs as the model takes (default: a GPU where there is one)"
+    parser.add_argument("--device", help=about)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", metavar="NAME | FILE", help="a data set's name, or a .jsonl, .json or .csv file")
     what.add_argument("--prompt", metavar="TEXT", help="one prompt; its report is printed as it is written")

@@ -7,7 +7,7 @@ import torch
 
 import dive_fast
 from dive_fast.arguments import DiveTrainingArguments, training_arguments
-from dive_fast.devices import is_spread, on_device, torch_device
+from dive_fast.devices import AUTO, device_map, is_spread, on_device, torch_device
 from dive_fast.errors import InputError
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
 from dive_fast.steering.positions import SteeringCall
@@ -18,8 +18,8 @@ from tests.training_runs import RECORDS
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("gpu", "device: expected a name such as 'cpu' or 'cuda:0', got 'gpu'"),
-        (1.5, "device: expected a name such as 'cpu' or 'cuda:0', got 1.5"),
+        ("gpu", "device: expected 'auto' or a name such as 'cpu' or 'cuda:0', got 'gpu'"),
+        (1.5, "device: expected 'auto' or a name such as 'cpu' or 'cuda:0', got 1.5"),
         ("cuda:99", "device: 'cuda:99' is not here, torch sees"),
         ("vulkan", "device: 'vulkan' is not usable here"),
         ("meta", "device: 'meta' is not usable here"),
@@ -46,6 +46,38 @@ def test_a_model_without_room_is_told_in_gib(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 2**29, 2**33))
     with pytest.raises(InputError, match=r"weights take 2\.0 GiB, and cpu has 2\.5 GiB left; .*\(dtype\)"):
         on_device(model, torch.device("cpu"))
+
+
+def bytes_of(model):
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(2, AUTO), (1, "cuda"), (0, "cpu")])
+def test_auto_is_for_several_gpus(monkeypatch, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    assert str(torch_device("auto")) == expected
+
+
+def test_a_model_is_divided_among_gpus_between_its_layers():
+    model = tiny_llama(num_hidden_layers=12)
+    found = device_map(model, {0: int(0.8 * bytes_of(model)), 3: int(0.6 * bytes_of(model))})
+    layers = [found[f"model.layers.{i}"] for i in range(12)]
+    assert layers == sorted(layers) and 5 <= layers.count(0) <= 8 and set(layers) == {0, 3}
+    with pytest.raises(InputError, match=r"weights take 0\.0 GiB, and the GPUs have 0\.0 GiB, 0\.0 GiB left; "):
+        device_map(model, {0: bytes_of(model) // 3, 1: bytes_of(model) // 3})
+
+
+@pytest.mark.parametrize(("room", "expected"), [(2.0, "cuda:1"), (0.8, [0, 1])])
+def test_auto_takes_one_gpu_if_the_model_fits_well(monkeypatch, room, expected):
+    model, moved = tiny_llama(), []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (int(room * bytes_of(model)), 0))
+    monkeypatch.setattr(model, "to", lambda device: moved.append(str(device)))
+    monkeypatch.setattr(accelerate, "dispatch_model", lambda model, parts: moved.append(sorted(set(parts.values()))))
+    on_device(model, AUTO)
+    assert moved == [expected]
 
 
 def test_load_moves_what_it_loads_and_what_it_is_told_to(monkeypatch, tmp_path):
