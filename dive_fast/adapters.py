@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from dive_fast.devices import on_device, torch_device
+from dive_fast.devices import on_device, placement
 from dive_fast.errors import InputError
 from dive_fast.models.backbone import load_backbone
 from dive_fast.models.fingerprint import model_fingerprint
@@ -151,7 +151,7 @@ def load(base_or_path, adapter_dir, *, dtype=None, device=None) -> peft.PeftMode
     if isinstance(base_or_path, str | Path):
         base_or_path, processor = load_backbone(str(base_or_path), dtype=dtype)
     if processor is not None or device is not None:
-        base_or_path = on_device(base_or_path, torch_device(device))
+        base_or_path = on_device(base_or_path, placement(device))
     try:
         model = peft.PeftModel.from_pretrained(base_or_path, folder, config=config)
     except InputError:

@@ -219,10 +219,10 @@ def _generate_by_workers(args: Namespace, records: Sequence, output: Path) -> in
 
 
 def _steered_model(args: Namespace):
-    from dive_fast.devices import on_device, torch_device
+    from dive_fast.devices import on_device, placement
 
     name = args.model or _trained_on(args.adapter)
-    device = torch_device(args.device)
+    device = placement(args.device)
     model, processor = _backbone(name, args.dtype)
     model = on_device(model, device)
     if args.adapter:

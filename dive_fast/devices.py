@@ -15,23 +15,34 @@ _ONE_GPU = 0.8
 """Of a GPU's free memory a model may take so much before it is given others too: the rest is for caches."""
 
 
-def torch_device(name: str | None) -> torch.device | str:
-    """The device of that name; for None the current GPU where torch sees one with CUDA, else the CPU. "auto" stays that
-    where there are several GPUs, and is what None is elsewhere.
+def placement(name: str | None) -> torch.device | str:
+    """Where `on_device` puts a model: as `torch_device`, but that "auto" stays itself where there are several GPUs, and
+    is what None is elsewhere.
 
     Raises:
         InputError: no such device here.
     """
     import torch
 
-    if name == AUTO and torch.cuda.device_count() > 1:
-        return AUTO
-    if name in (None, AUTO):
+    if name != AUTO:
+        return torch_device(name)
+    return AUTO if torch.cuda.device_count() > 1 else torch_device(None)
+
+
+def torch_device(name: str | None) -> torch.device:
+    """The device of that name; for None the current GPU where torch sees one with CUDA, else the CPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    import torch
+
+    if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"device: expected 'auto' or a name such as 'cpu' or 'cuda:0', got {name!r}") from error
+        raise InputError(f"device: expected a name such as 'cpu' or 'cuda:0', got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise InputError(f"device: {name!r} is not here, torch sees {count} CUDA devices; use 'cpu' or leave it out")

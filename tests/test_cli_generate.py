@@ -49,7 +49,7 @@ def generation(monkeypatch, backbone):
     [
         (["--prompt", " "], "--prompt: expected what the report should be about"),
         (["--data", "DATA", "--output", "DATA/p.jsonl"], "no folder that may be written to"),
-        (["--prompt", "Case", "--device", "gpu"], "device: expected 'auto' or a name such as 'cpu' or 'cuda:0'"),
+        (["--prompt", "Case", "--device", "gpu"], "device: expected a name such as 'cpu' or 'cuda:0', got 'gpu'"),
         (
             ["--data", "DATA", "--output", "p", "--device", "cpu", "--workers", "2"],
             "workers take what --worker-gpus gives",

@@ -7,7 +7,7 @@ import torch
 
 import dive_fast
 from dive_fast.arguments import DiveTrainingArguments, training_arguments
-from dive_fast.devices import AUTO, device_map, is_spread, on_device, torch_device
+from dive_fast.devices import AUTO, device_map, is_spread, on_device, placement, torch_device
 from dive_fast.errors import InputError
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
 from dive_fast.steering.positions import SteeringCall
@@ -18,8 +18,9 @@ from tests.training_runs import RECORDS
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("gpu", "device: expected 'auto' or a name such as 'cpu' or 'cuda:0', got 'gpu'"),
-        (1.5, "device: expected 'auto' or a name such as 'cpu' or 'cuda:0', got 1.5"),
+        ("auto", "device: expected a name such as 'cpu' or 'cuda:0', got 'auto'"),
+        ("gpu", "device: expected a name such as 'cpu' or 'cuda:0', got 'gpu'"),
+        (1.5, "device: expected a name such as 'cpu' or 'cuda:0', got 1.5"),
         ("cuda:99", "device: 'cuda:99' is not here, torch sees"),
         ("vulkan", "device: 'vulkan' is not usable here"),
         ("meta", "device: 'meta' is not usable here"),
@@ -56,7 +57,7 @@ def bytes_of(model):
 def test_auto_is_for_several_gpus(monkeypatch, gpus, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    assert str(torch_device("auto")) == expected
+    assert str(placement("auto")) == expected
 
 
 def test_a_model_is_divided_among_gpus_between_its_layers():

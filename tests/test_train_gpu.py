@@ -150,3 +150,15 @@ def test_a_model_over_two_gpus(tmp_path, name):
         for result in results
     ]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_is_placed_over_two_gpus(monkeypatch):
+    monkeypatch.setattr(dive_fast.devices, "_ONE_GPU", 0)
+    model = tiny_llama(tie_word_embeddings=False, num_hidden_layers=12)
+    spread = dive_fast.devices.on_device(copy.deepcopy(model), dive_fast.devices.placement("auto"))
+    assert is_spread(spread)
+    here, there = (
+        dive_fast.generate(m, RECORDS[:5], processor=tiny_tokenizer(), max_new_tokens=8).texts for m in (model, spread)
+    )
+    assert here == there

@@ -178,9 +178,7 @@ struct Int8Products {
     const float* group = x;
     for_lines<kAsk>(w, int8_lines(columns), ahead, [&](const std::int8_t* line) __attribute__((always_inline)) {
       vi words[kLineVectors];
-      // One by one: GCC 12 would copy them together, by way of the stack.
-      unroll<kLineVectors>(
-          [&](auto v) __attribute__((always_inline)) { std::memcpy(&words[v], line + v * sizeof(vi), sizeof(vi)); });
+      unroll<kLineVectors>([&](auto v) __attribute__((always_inline)) { words[v] = load_words(line, v); });
       unroll<kInt8Columns>([&](auto j) __attribute__((always_inline)) {
         vf weights[kLineVectors];
         unroll<kLineVectors>([&](auto v) __attribute__((always_inline)) {

@@ -81,8 +81,8 @@ inline constexpr std::int64_t kMostNumbers = 6144;
 // summed in the same way, so that a result does not depend on how many there are.
 inline std::int64_t part_size(std::int64_t columns) {
   constexpr std::int64_t kMost = kMostNumbers / 8, kUnit = 32;
-  const std::int64_t parts =
-      (columns + kMost - 1) / kMost;  // about equal ones, or too little is asked for in a short one
+  // About equal ones: while a short one is read, too little would be asked for.
+  const std::int64_t parts = (columns + kMost - 1) / kMost;
   return ((columns + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
 }
 
