@@ -10,12 +10,16 @@ from dive_fast.ops.linear_cross_entropy import spec
 # The cases and peers that decide the op's targets, by scale and by device.
 RATIO_CASES = {
     "smoke": ("smoke-float32-T64-valid50%-mean",),
-    "laptop": ("smollm2-135m-float32-T1024-valid30%-mean", "smollm2-135m-float32-T1024-valid100%-mean"),
+    "laptop": tuple(
+        f"smollm2-135m-{dtype}-T1024-valid{valid}-mean"
+        for dtype in ("float32", "bfloat16")
+        for valid in ("30%", "100%")
+    ),
     "gpu": ("mistral-7b-bfloat16-T4096-valid100%-weighted", "mistral-7b-bfloat16-T4096-valid10%-mean"),
 }
 CHUNKED = f"F.linear_cross_entropy chunks of {loss_peers.CHUNK_ROWS}"
 RATIO_PEERS = {
-    "cpu": ("eager float32 logits", "eager valid rows", "F.linear_cross_entropy", CHUNKED),
+    "cpu": ("eager float32 logits", "eager", "eager valid rows", "torch.compile", "F.linear_cross_entropy", CHUNKED),
     "cuda": ("eager float32 logits", "eager valid rows", CHUNKED, "Liger", "Cut Cross-Entropy exact"),
 }
 
@@ -82,7 +86,7 @@ def test_loss_ratios(benchmark, problem, scale):
     prepared, ours = prepare(problem), loss_peers.best_of_ours(problem.device)
     runs, memories, left_out = {}, {}, {}
     for implementation in (ours, *map(loss_peers.peer, RATIO_PEERS[problem.device])):
-        reason = implementation.missing(problem.device)
+        reason = implementation.missing(problem.device) or implementation.unfit(prepared.inputs)
         if reason is not None:
             left_out[implementation.name] = reason
             continue

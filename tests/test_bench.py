@@ -256,12 +256,13 @@ def test_a_marked_table_is_filled_and_stays():
         problem="p",
         implementation="i",
         device="cpu",
+        dtype="bfloat16",
         T=10,
         N=3,
-        ratios={"eager": ratio(0.4, 0.1, peak_memory=0.09)},
+        ratios={"a peer": ratio(0.4, 0.1, peak_memory=0.09)},
     )
     made = filled(text, "README.md", {"a.json": content(found)}.__getitem__)
-    assert "| 3 of 10 rows count | eager | 0.40 (0.36 to 0.44) | 0.09 |" in made and "old" not in made
+    assert "| bfloat16, 3 of 10 rows count | a peer | 0.40 (0.36 to 0.44) | 0.09 |" in made and "old" not in made
     assert made.startswith("# Title\n") and made.endswith("<!-- /table -->\n\nend\n")
     assert filled(made, "README.md", {"a.json": content(found)}.__getitem__) == made
 
@@ -337,15 +338,16 @@ def test_filling_a_readme(tmp_path, capsys):
         device="cpu",
         T=10,
         N=3,
-        ratios={"eager": ratio(0.4, peak_memory=0.09)},
+        dtype="float32",
+        ratios={"a peer": ratio(0.4, peak_memory=0.09)},
     )
     file(tmp_path, "a.json", found)
     readme = tmp_path / "README.md"
     readme.write_text("<!-- table: loss-ratios a.json -->\n<!-- /table -->\n")
     assert cli.main(["bench", "--readme", str(readme), "--check"]) == 1
-    assert "differs" in capsys.readouterr().err and "eager" not in readme.read_text()
+    assert "differs" in capsys.readouterr().err and "a peer" not in readme.read_text()
     assert cli.main(["bench", "--readme", str(readme)]) == 0
-    assert "| eager | 0.40 (0.40 to 0.40) | 0.09 |" in readme.read_text()
+    assert "| a peer | 0.40 (0.40 to 0.40) | 0.09 |" in readme.read_text()
     assert cli.main(["bench", "--readme", str(readme), "--check"]) == 0
     other = tmp_path / "OTHER.md"
     other.write_text("<!-- table: loss-ratios a.json -->\n<!-- /table -->\n")

@@ -140,7 +140,7 @@ const void* row_of(const Weight& weight, std::int64_t n) {
 }  // namespace
 
 std::int64_t inputs_size(Isa isa, int batch, std::int64_t columns) {
-  return batch * (DIVE_DISPATCH(isa, paired_size, columns) + DIVE_DISPATCH(isa, int8_size, columns));
+  return DIVE_DISPATCH(isa, paired_size, batch, columns) + DIVE_DISPATCH(isa, int8_size, batch, columns);
 }
 
 namespace {
@@ -148,14 +148,14 @@ namespace {
 // Every worker makes the forms for itself: less than a microsecond a row, as much as waiting for another's share takes.
 Inputs inputs_of(const Worker& worker, const Weight* const* weights, int count, const float* x, int batch) {
   thread_local AlignedFloats own;
-  const std::int64_t columns = weights[0]->columns, pairs = DIVE_DISPATCH(worker.isa, paired_size, columns);
+  const std::int64_t columns = weights[0]->columns;
   const auto size = static_cast<std::size_t>(inputs_size(worker.isa, batch, columns));
   AlignedFloats& memory = worker.inputs ? *worker.inputs : own;
   if (memory.size() < size) memory.resize(size);
   Inputs found{x, nullptr, nullptr};
   for (int i = 0; i < count; ++i) {
     if (weights[i]->scales && !found.int8) {
-      float* const int8 = memory.data() + batch * pairs;
+      float* const int8 = memory.data() + DIVE_DISPATCH(worker.isa, paired_size, batch, columns);
       DIVE_DISPATCH(worker.isa, arrange_int8, x, batch, columns, int8);
       found.int8 = int8;
     } else if (!weights[i]->scales && weights[i]->dtype == DType::kBFloat16 && !found.paired) {

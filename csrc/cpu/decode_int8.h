@@ -78,7 +78,8 @@ struct Int8Products {
 
   static std::int64_t x_stride(std::int64_t columns) { return kGroups + int8_lines(columns) * kDigits; }
 
-  static void arrange(const float* x, std::int64_t columns, float* out) {
+  // A row's scale, and returns what turns its numbers into integers.
+  static vf scale(const float* x, std::int64_t columns, float* out) {
     vf most = {}, wrong = {};
     for (std::int64_t k = 0; k < columns; k += kLanes) {
       const vf v = load_some(x + k, columns - k);
@@ -87,19 +88,32 @@ struct Int8Products {
     }
     float largest = 1e-30f;  // whose reciprocal is a number
     for (int i = 0; i < kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
-    out[0] = largest / kLargest + sum(wrong);
-    const vf inverse = splat(kLargest / largest);
+    *out = largest / kLargest + sum(wrong);
+    return splat(kLargest / largest);
+  }
+
+  // The digits of kLanes integers; add(i, digit) sees them in 32 bits.
+  template <class Add>
+  static void split(vf integers, Bytes* digits, Add add) {
+    vi number = round_to_whole(integers);
+    for (int i = 0; i < kDigits; ++i) {
+      const vi digit = number << 24 >> 24;
+      add(i, digit);
+      digits[i] = __builtin_convertvector(digit, Bytes);
+      number = (number - digit) >> 8;
+    }
+  }
+  static void split(vf integers, Bytes* digits) {
+    split(integers, digits, [](int, vi) {});
+  }
+
+  static void arrange(const float* x, std::int64_t columns, float* out) {
+    const vf inverse = scale(x, columns, out);
     vi totals[kDigits] = {};
     float* group = out + kGroups;
     for (std::int64_t k = 0; k < columns; k += kLanes) {
-      vi number = round_to_whole(load_some(x + k, columns - k) * inverse);
       Bytes digits[kDigits];
-      for (int i = 0; i < kDigits; ++i) {
-        const vi digit = number << 24 >> 24;
-        totals[i] += digit;
-        digits[i] = __builtin_convertvector(digit, Bytes);
-        number = (number - digit) >> 8;
-      }
+      split(load_some(x + k, columns - k) * inverse, digits, [&](int i, vi digit) { totals[i] += digit; });
       for (int lane = 0; lane < kLanes && k + lane < columns; lane += kInt8Columns, group += kDigits) {
         for (int i = 0; i < kDigits; ++i) {
           std::memcpy(group + i, reinterpret_cast<const char*>(&digits[i]) + lane, kInt8Columns);
@@ -111,6 +125,12 @@ struct Int8Products {
       for (int lane = 0; lane < kLanes; ++lane) begin -= kOffset * totals[i][lane];
       std::memcpy(out + kBegins + i, &begin, sizeof begin);
     }
+  }
+
+  // The number whose digits' sums are given.
+  static vf total(const vi* sums) {
+    const auto number = [](vi v) __attribute__((always_inline)) { return __builtin_convertvector(v, vf); };
+    return number(sums[2]) * splat(65536.0f) + (number(sums[1]) * splat(256.0f) + number(sums[0]));
   }
 
   static vi word(const float* p) {
@@ -146,12 +166,10 @@ struct Int8Products {
       });
       group += kDigits;
     });
-    const auto number = [](vi v) __attribute__((always_inline)) { return __builtin_convertvector(v, vf); };
     unroll<kB>([&](auto b) __attribute__((always_inline)) {
       unroll<kLineVectors>([&](auto v) __attribute__((always_inline)) {
-        const auto& s = sums[b];
-        const vf total = number(s[2][v]) * splat(65536.0f) + (number(s[1][v]) * splat(256.0f) + number(s[0][v]));
-        out[b * kLineVectors + v] = total * splat(x[b * stride]);
+        const vi digits[kDigits] = {sums[b][0][v], sums[b][1][v], sums[b][2][v]};
+        out[b * kLineVectors + v] = total(digits) * splat(x[b * stride]);
       });
     });
   }
@@ -202,18 +220,38 @@ struct Int8Products {
 };
 #endif
 
-// out[b] = scalar products of x[b] with the 16 rows of weights from `w` on, kLineVectors vectors each.
-inline void int8_block(const std::int8_t* w, const float* x, int batch, std::int64_t columns, const Ahead& ahead,
-                       vf* out) {
-  unroll<Int8Products::kMostRows>([&](auto before) {
-    constexpr int kB = before + 1;
-    if (batch != kB) return;
-    if (ahead.asks) {
-      Int8Products::tile<kB, true>(w, x, columns, ahead, out);
-    } else {
-      Int8Products::tile<kB, false>(w, x, columns, ahead, out);
-    }
-  });
-}
+// The products of a batch, row by row.
+struct Int8Vectors {
+  static constexpr int kMostRows = Int8Products::kMostRows;
+
+  // What must be there while blocks are multiplied.
+  struct Registers {
+    explicit Registers(int) {}
+  };
+
+  static int most_rows(int) { return kMostRows; }
+
+  // Floats that an arranged batch takes.
+  static std::int64_t size(int batch, std::int64_t columns) { return batch * Int8Products::x_stride(columns); }
+
+  static void arrange(const float* x, int batch, std::int64_t columns, float* out) {
+    for (int b = 0; b < batch; ++b) Int8Products::arrange(x + b * columns, columns, out + size(b, columns));
+  }
+
+  // out[b] = scalar products of row first + b, of `count`, with the 16 rows of weights from `w` on, kLineVectors each.
+  static void block(const std::int8_t* w, const float* x, int, int first, int count, std::int64_t columns,
+                    const Ahead& ahead, vf* out) {
+    unroll<kMostRows>([&](auto before) {
+      constexpr int kB = before + 1;
+      if (count != kB) return;
+      const float* const numbers = x + size(first, columns);
+      if (ahead.asks) {
+        Int8Products::tile<kB, true>(w, numbers, columns, ahead, out);
+      } else {
+        Int8Products::tile<kB, false>(w, numbers, columns, ahead, out);
+      }
+    });
+  }
+};
 
 }  // namespace dive::cpu::DIVE_ISA

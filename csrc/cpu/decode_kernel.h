@@ -15,9 +15,9 @@ inline constexpr int kHeadTile = 16;
 // `largest` and the sum of the exponentials. Static because this header is compiled at every level.
 static inline std::int64_t partial_size(int head_size) { return head_size + 2; }
 
-// Floats that a row of K columns takes in a form of the inputs, and the forms.
-DIVE_DECLARE_VARIANTS(std::int64_t paired_size(std::int64_t columns))
-DIVE_DECLARE_VARIANTS(std::int64_t int8_size(std::int64_t columns))
+// Floats that B rows of K columns take in a form of the inputs, and the forms.
+DIVE_DECLARE_VARIANTS(std::int64_t paired_size(int batch, std::int64_t columns))
+DIVE_DECLARE_VARIANTS(std::int64_t int8_size(int batch, std::int64_t columns))
 DIVE_DECLARE_VARIANTS(void arrange_pairs(const float* x, int batch, std::int64_t columns, float* out))
 DIVE_DECLARE_VARIANTS(void arrange_int8(const float* x, int batch, std::int64_t columns, float* out))
 

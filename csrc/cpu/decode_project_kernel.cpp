@@ -1,5 +1,6 @@
 // Matrices times a few vectors. Weights are widened to float32 in registers: reading them is what takes the time.
 #include "cpu/decode_int8.h"
+#include "cpu/decode_int8_tiles.h"
 #include "cpu/decode_pairs.h"
 
 namespace dive::cpu::DIVE_ISA {
@@ -7,6 +8,10 @@ namespace {
 
 // Rows of weights that are computed side by side, and the vectors that their results take.
 constexpr int kBlockRows = kInt8Rows, kBlockVectors = kLineVectors;
+
+#if !defined(__AMX_INT8__)
+using Int8Rows = Int8Vectors;
+#endif
 
 // Calls f with a null pointer to the form in which a weight of that dtype is read, and the inputs in that form.
 template <class F>
@@ -23,11 +28,11 @@ inline void with_rows(const Weight& weight, const Inputs& x, F f) {
 
 // Scalar products of the block of rows from n on, of those before `end`, with rows `first` ... of the batch:
 // kBlockVectors for each of these.
-inline void dot_rows(const Weight& weight, std::int64_t n, std::int64_t end, const Inputs& x, int first, int count,
-                     const Ahead& ahead, vf* out) {
+inline void dot_rows(const Weight& weight, std::int64_t n, std::int64_t end, const Inputs& x, int batch, int first,
+                     int count, const Ahead& ahead, vf* out) {
   if (weight.scales) {
     const auto* w = static_cast<const std::int8_t*>(weight.data) + n * weight.row_stride;
-    return int8_block(w, x.int8 + first * Int8Products::x_stride(weight.columns), count, weight.columns, ahead, out);
+    return Int8Rows::block(w, x.int8, batch, first, count, weight.columns, ahead, out);
   }
   with_rows(weight, x, [&](auto* type, const float* numbers) {
     using Rows = std::remove_pointer_t<decltype(type)>;
@@ -43,12 +48,12 @@ inline void dot_rows(const Weight& weight, std::int64_t n, std::int64_t end, con
 }
 
 // The same with scales and bias. For a worker that reads rows up to `end`, then from `next` on.
-inline void weight_block(const Weight& weight, std::int64_t n, std::int64_t end, const Inputs& x, int first, int count,
-                         const void* next, vf* out) {
+inline void weight_block(const Weight& weight, std::int64_t n, std::int64_t end, const Inputs& x, int batch, int first,
+                         int count, const void* next, vf* out) {
   const std::int64_t row = weight.row_stride * (weight.scales ? 1 : size_of(weight.dtype));
   const Ahead ahead{true, static_cast<const char*>(weight.data) + end * row, static_cast<const char*>(next)};
   // The first part of the batch finds the weights in memory, the others in a cache.
-  dot_rows(weight, n, end, x, first, count, first ? Ahead{} : ahead, out);
+  dot_rows(weight, n, end, x, batch, first, count, first ? Ahead{} : ahead, out);
   for (int v = 0; v < kBlockVectors; ++v) {
     const std::int64_t at = n + v * kLanes, rest = end - at;
     if (rest <= 0) break;
@@ -60,7 +65,9 @@ inline void weight_block(const Weight& weight, std::int64_t n, std::int64_t end,
 }
 
 // Rows of the batch that meet a weight together.
-int batch_tile(const Weight& weight) { return weight.scales ? Int8Products::kMostRows : kBatchTile; }
+int batch_tile(const Weight& weight, int batch) { return weight.scales ? Int8Rows::most_rows(batch) : kBatchTile; }
+
+constexpr int kMostRows = Int8Rows::kMostRows > kBatchTile ? Int8Rows::kMostRows : kBatchTile;
 
 // Calls body(n, first row of the batch, rows of the batch) for every block of weights, and within it for every part of
 // the batch, `most` rows of it or fewer.
@@ -73,23 +80,24 @@ inline void for_blocks(std::int64_t begin, std::int64_t end, int batch, int most
 
 }  // namespace
 
-std::int64_t paired_size(std::int64_t columns) { return PairedRows::x_stride(columns); }
+std::int64_t paired_size(int batch, std::int64_t columns) { return batch * PairedRows::x_stride(columns); }
 
-std::int64_t int8_size(std::int64_t columns) { return Int8Products::x_stride(columns); }
+std::int64_t int8_size(int batch, std::int64_t columns) { return Int8Rows::size(batch, columns); }
 
 void arrange_pairs(const float* x, int batch, std::int64_t columns, float* out) {
-  for (int b = 0; b < batch; ++b) PairedRows::arrange(x + b * columns, columns, out + b * paired_size(columns));
+  for (int b = 0; b < batch; ++b) PairedRows::arrange(x + b * columns, columns, out + paired_size(b, columns));
 }
 
 void arrange_int8(const float* x, int batch, std::int64_t columns, float* out) {
-  for (int b = 0; b < batch; ++b) Int8Products::arrange(x + b * columns, columns, out + b * int8_size(columns));
+  Int8Rows::arrange(x, batch, columns, out);
 }
 
 void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, const Inputs& x, int batch,
                   float* outputs, bool add, const void* next) {
-  for_blocks(begin, end, batch, batch_tile(weight), [&](std::int64_t n, int first, int count) {
-    vf found[kBatchTile * kBlockVectors];
-    weight_block(weight, n, end, x, first, count, next, found);
+  const Int8Rows::Registers registers(weight.scales ? batch : 0);
+  for_blocks(begin, end, batch, batch_tile(weight, batch), [&](std::int64_t n, int first, int count) {
+    vf found[kMostRows * kBlockVectors];
+    weight_block(weight, n, end, x, batch, first, count, next, found);
     for (int b = 0; b < count; ++b) {
       for (int v = 0; v < kBlockVectors; ++v) {
         const std::int64_t at = n + v * kLanes, rest = end - at;
@@ -104,11 +112,12 @@ void project_rows(const Weight& weight, std::int64_t begin, std::int64_t end, co
 
 void project_gated_rows(const Weight& gate, const Weight& up, std::int64_t begin, std::int64_t end, const Inputs& x,
                         int batch, GatedActivation activation, float* outputs, const void* next) {
-  const int of_gate = batch_tile(gate), of_up = batch_tile(up), most = of_gate < of_up ? of_gate : of_up;
+  const Int8Rows::Registers registers(gate.scales || up.scales ? batch : 0);
+  const int of_gate = batch_tile(gate, batch), of_up = batch_tile(up, batch), most = of_gate < of_up ? of_gate : of_up;
   for_blocks(begin, end, batch, most, [&](std::int64_t n, int first, int count) {
-    vf gates[kBatchTile * kBlockVectors], ups[kBatchTile * kBlockVectors];
-    weight_block(gate, n, end, x, first, count, next, gates);
-    weight_block(up, n, end, x, first, count, nullptr, ups);
+    vf gates[kMostRows * kBlockVectors], ups[kMostRows * kBlockVectors];
+    weight_block(gate, n, end, x, batch, first, count, next, gates);
+    weight_block(up, n, end, x, batch, first, count, nullptr, ups);
     for (int b = 0; b < count; ++b) {
       for (int v = 0; v < kBlockVectors; ++v) {
         const std::int64_t at = n + v * kLanes, rest = end - at;

@@ -21,7 +21,7 @@ struct Features {
   bool avx512dq = false;
   bool avx512_bf16 = false;
   bool avx512_vnni = false;
-  bool amx_bf16 = false;  // Linux also wants arch_prctl(ARCH_REQ_XCOMP_PERM) before the first tile instruction
+  bool amx_bf16 = false;  // of the processor, which a process must ask for as well (isa.cpp)
   bool amx_int8 = false;
   bool neon = false;
 

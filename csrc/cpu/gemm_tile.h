@@ -1,46 +1,50 @@
 // The innermost loops of matrix products, and the copies that feed them. For *_kernel.cpp files only, as vec.h.
 //
-// A tile multiplies kTile rows of an operand `a`, one number at a time, with kPanel columns of an operand `b`, a vector
-// at a time. `b` comes packed in panels: [K][kPanel] words, the columns past the matrix's edge being zeros.
+// A block of Words::kTile rows of an operand `a`, one word at a time, is multiplied with kPanel columns of an operand
+// `b`, a vector at a time. `b` comes packed in panels: [K][kPanel] words, the columns past the matrix's edge being
+// zeros. Where there are tile registers, both are read in tiles.
 #pragma once
 
 #include <cstddef>
 #include <utility>
 
 #include "cpu/dtype.h"
+#include "cpu/tiles.h"
 #include "cpu/vec.h"
 
 namespace dive::cpu::DIVE_ISA {
 
-// A tile's sums stay in registers: kTile * 2 of them, 2 more hold a row of `b` and 1 a number of `a`, so 27 of the 32
-// that AVX-512 has and 15 of the 16 elsewhere. Twice as many sums as a fused multiply-add has cycles of latency times
-// units (4 * 2) would do; more means fewer loads per multiplication. AArch64's 32 are not so well filled: GCC loads all
-// the numbers of `a` before it multiplies, and with 12 of them keeps four sums in memory.
+// A tile's sums stay in registers: kVectorTile * 2 of them, 2 more hold a row of `b` and 1 a number of `a`, so 27 of
+// the 32 that AVX-512 has and 15 of the 16 elsewhere. Twice as many sums as a fused multiply-add has cycles of latency
+// times units (4 * 2) would do; more means fewer loads per multiplication. AArch64's 32 are not so well filled: GCC
+// loads all the numbers of `a` before it multiplies, and with 12 of them keeps four sums in memory.
 #if defined(__AVX512F__)
-inline constexpr int kTile = 12;
+inline constexpr int kVectorTile = 12;
 #elif defined(__aarch64__)
-inline constexpr int kTile = 8;
+inline constexpr int kVectorTile = 8;
 #else
-inline constexpr int kTile = 6;
+inline constexpr int kVectorTile = 6;
 #endif
 inline constexpr int kPanel = 2 * kLanes;
 
 // What one word of `a` and `b` holds: a float, or two bfloat16 that follow each other along K, whose products are added
-// in float32.
+// in float32. kUnit words along K are multiplied together.
 struct FloatWords {
   using Word = float;
   using Vector = vf;
-  static constexpr int kDepth = 1;
+  struct Registers {};
+  static constexpr int kDepth = 1, kTile = kVectorTile, kUnit = 1;
   static Vector load(const Word* p) { return DIVE_ISA::load(p); }
   static Vector splat(Word a) { return DIVE_ISA::splat(a); }
   static vf multiply_add(vf c, Vector a, Vector b) { return c + a * b; }
 };
 
-#if defined(__AVX512BF16__)
-struct BFloat16Words {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+struct PairWords {
   using Word = std::uint32_t;
   using Vector = __m512i;
-  static constexpr int kDepth = 2;
+  struct Registers {};
+  static constexpr int kDepth = 2, kTile = kVectorTile, kUnit = 1;
   static Vector load(const Word* p) { return _mm512_loadu_si512(p); }
   static Vector splat(Word a) { return _mm512_set1_epi32(static_cast<int>(a)); }
   static vf multiply_add(vf c, Vector a, Vector b) {
@@ -106,9 +110,10 @@ class Prefetch {
 
 // c[i][m] = sum_k a[i * kRowStride + k * kStep] * b[k][m], on top of what c holds if `add`; c is [kTile][kPanel].
 template <class Words, int kRowStride, int kStep>
-inline void multiply_tile(const typename Words::Word* a, const typename Words::Word* b, std::int64_t depth, bool add,
-                          float* c, Prefetch& prefetch) {
+inline void multiply(const typename Words::Word* a, const typename Words::Word* b, std::int64_t depth, bool add,
+                     float* c, Prefetch& prefetch) {
   // What c holds comes last: sums of blocks that are added up lose less than one running total over all of them.
+  constexpr int kTile = Words::kTile;
   vf sums[kTile][2] = {};
   for (std::int64_t k = 0; k < depth;) {
     const std::int64_t end = k + prefetch.gap() < depth ? k + prefetch.gap() : depth;
@@ -130,6 +135,75 @@ inline void multiply_tile(const typename Words::Word* a, const typename Words::W
     store(c + i * kPanel + kLanes, add ? load(c + i * kPanel + kLanes) + sums[i][1] : sums[i][1]);
   });
 }
+
+#if defined(__AMX_BF16__)
+// Four tiles of sums, from two tiles of `a` and two of `b`: a product for each tile that is loaded.
+struct PairWords {
+  using Word = std::uint32_t;
+  using Registers = WholeTiles;
+  static constexpr int kDepth = 2, kTile = 2 * kTileRows, kUnit = kTileRows;
+};
+
+// The same for rows of `a` that are `row_stride` words apart, and a depth of whole tiles; WholeTiles must be there. The
+// sums begin with what c holds.
+inline void multiply(const std::uint32_t* a, std::int64_t row_stride, const std::uint32_t* b, std::int64_t depth,
+                     bool add, float* c, Prefetch& prefetch) {
+  constexpr std::int64_t kB = kPanel * sizeof(float);
+  constexpr int kHalf = kPanel / 2;
+  static_assert(kHalf * sizeof(float) == kTileRowBytes);
+  float* const lower = c + kTileRows * kPanel;
+  settle_memory();
+  if (add) {
+    _tile_loadd(0, c, kB);
+    _tile_loadd(1, c + kHalf, kB);
+    _tile_loadd(2, lower, kB);
+    _tile_loadd(3, lower + kHalf, kB);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const std::int64_t stride = row_stride * static_cast<std::int64_t>(sizeof *a);
+  const std::uint32_t* const second = a + kTileRows * row_stride;
+  const float* next = c + PairWords::kTile * kPanel;
+  for (std::int64_t k = 0; k < depth; k += kTileRows, b += kTileRows * kPanel, next += 4 * kHalf) {
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(next + line * kHalf, 1);
+    for (std::int64_t line = 0; line < kTileRows; line += prefetch.gap()) prefetch.line();
+    _tile_loadd(4, a + k, stride);
+    _tile_stream_loadd(6, b, kB);
+    _tile_stream_loadd(7, b + kHalf, kB);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, second + k, stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, kB);
+  _tile_stored(1, c + kHalf, kB);
+  _tile_stored(2, lower, kB);
+  _tile_stored(3, lower + kHalf, kB);
+}
+
+template <int kWidth, int kUpper, int... kLane>
+inline vu blocks_of(vu a, vu b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(
+      a, b, (kLane & kWidth ? kLanes + kLane - (kUpper ? 0 : kWidth) : kLane + (kUpper ? kWidth : 0))...);
+}
+
+// Word j of v[i] becomes word i of v[j].
+template <int kWidth = kLanes / 2>
+[[gnu::always_inline]] inline void transpose(vu* v) {
+  constexpr std::make_integer_sequence<int, kLanes> lanes;
+  unroll<kLanes / 2>([&](auto pair) __attribute__((always_inline)) {
+    constexpr int i = pair / kWidth * 2 * kWidth + pair % kWidth;
+    const vu upper = v[i], lower = v[i + kWidth];
+    v[i] = blocks_of<kWidth, 0>(upper, lower, lanes);
+    v[i + kWidth] = blocks_of<kWidth, 1>(upper, lower, lanes);
+  });
+  if constexpr (kWidth > 1) transpose<kWidth / 2>(v);
+}
+#endif
 
 template <class Element>
 inline void widen(const Element* in, std::int64_t count, float* out) {

@@ -4,8 +4,26 @@
 
 #include "cpu/features.h"
 
+#if defined(DIVE_X86_VARIANTS) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace dive::cpu {
 namespace {
+
+// Whether threads of this process may use tile registers. Linux saves their 8 KiB for those processes alone that asked
+// for it, since signal handlers need stacks with room for them; it refuses where one is too small.
+// (Documentation/arch/x86/xstate.rst)
+[[maybe_unused]] bool allows_tiles() {
+#if defined(DIVE_X86_VARIANTS) && defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
 
 bool usable(Isa isa) {
   const Features& f = features();
@@ -23,6 +41,8 @@ bool usable(Isa isa) {
       return avx512;
     case Isa::kAvx512Bf16:
       return avx512 && f.avx512_bf16 && f.avx512_vnni;  // every processor with the first has both
+    case Isa::kAmx:
+      return usable(Isa::kAvx512Bf16) && f.amx_bf16 && f.amx_int8 && allows_tiles();
 #else
     default:
       static_cast<void>(avx512);
@@ -46,13 +66,15 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::kAvx512Bf16:
       return "avx512_bf16";
+    case Isa::kAmx:
+      return "amx";
   }
   return "";
 }
 
 std::vector<Isa> usable_isas() {
   std::vector<Isa> found;
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx2Vnni, Isa::kAvx512, Isa::kAvx512Bf16}) {
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx2Vnni, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx}) {
     if (usable(isa)) found.push_back(isa);
   }
   return found;

@@ -19,12 +19,6 @@
 namespace dive::cpu {
 namespace {
 
-// Rows of a chunk: the more, the fewer times the weight is read and copied (once a product and chunk), but the packed
-// states of one pass over D (at most 2304 bytes a row) should stay in the level-two cache, and logits take V * 4 bytes
-// a row. On two cores of a Zen 5 (1 MiB of level two each) 256 rows were 9 % faster than 128 in float32 and 15 % in
-// bfloat16; 512 rows would gain another 3 to 7 % for twice the memory.
-constexpr std::int64_t kMaxChunkRows = 256;
-
 std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 std::int64_t teacher_row(const LinearCrossEntropy& problem, std::int64_t n) {
@@ -146,7 +140,7 @@ Run::Run(const LinearCrossEntropy& problem)
   const std::int64_t panel = blocking_.panel;
   const std::int64_t states = online_ ? 2 : 1;
   const std::int64_t row_bytes = 4 * p_.vocabulary * states;
-  std::int64_t limit = kMaxChunkRows;
+  std::int64_t limit = blocking_.most_rows;
   if (wants_gradient_) limit = std::min(limit, p_.max_workspace_bytes / row_bytes);
   limit = std::max(panel, limit / panel * panel);
   // Even chunks: a short last one would read the weight for few rows.
@@ -155,8 +149,8 @@ Run::Run(const LinearCrossEntropy& problem)
 
   chunk_ = {};
   chunk_.problem = &p_;
-  chunk_.pairs = DIVE_DISPATCH(p_.isa, multiplies_pairs, p_);
-  chunk_.depth = chunk_.pairs ? (p_.hidden_size + 1) / 2 : p_.hidden_size;
+  chunk_.pairs = blocking_.pairs;
+  chunk_.depth = blocking_.depth;
   states_ = std::make_unique<Memory>(4 * states * chunk_rows_ * chunk_.depth);
   chunk_.states = states_->get();
   for (std::vector<float>* column : {&max_, &p_share_, &smoothing_share_, &teacher_max_, &q_share_, &target_share_}) {

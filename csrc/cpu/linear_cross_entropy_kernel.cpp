@@ -5,36 +5,38 @@
 #include "cpu/linear_cross_entropy_kernel.h"
 
 #include "cpu/gemm_tile.h"
+#include "cpu/linear_cross_entropy_pack.h"
 #include "cpu/linear_cross_entropy_rows.h"
 
 namespace dive::cpu::DIVE_ISA {
 namespace {
 
-constexpr std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
-constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
-// Vocabulary entries of a block: its logits for 256 rows take 192 KiB (AVX-512), a part of a level-two cache of 1 MiB
-// that is read a few times while it is there. 8 and 24 tiles were within 2 % of 16 (Zen 5).
-constexpr std::int64_t kBlock = 16 * kTile;
-// Words along D of one pass of the first product: the strip of kTile weight rows takes 27 KiB of the level-one cache.
-constexpr std::int64_t kDepthBlock = 576;
-// Rows of the strip begin in different sets of the level-one cache, whatever D is.
-constexpr std::int64_t kStripStride = kDepthBlock + 16;
-// Columns of D of one pass of the second product: with a block's height 432 KiB of packed weight.
-constexpr std::int64_t kWidthBlock = 576;
-// Words between two packed tiles of `depth`. A weight row is spread over all of them at once, so they begin in other
-// sets of the level-one cache; and whole vectors are stored, the last of which reaches beyond its tile.
-constexpr std::int64_t tile_stride(std::int64_t depth) { return round_up(depth * kTile, 32) + 16; }
-constexpr std::int64_t kTileSpan = round_up(kTile, kLanes);
-static_assert(kTileSpan - kTile <= 16);
-static_assert(kWidthBlock % kTile == 0);
-
-const void* row_of(const Matrix& matrix, std::int64_t row) {
-  return static_cast<const char*>(matrix.data) + row * matrix.stride * size_of(matrix.dtype);
+// Rows of a chunk: the more, the fewer times the weight is read and copied (once a product and chunk), but the packed
+// states of one pass over D (at most 2304 bytes a row) should stay in the level-two cache, and logits take V * 4 bytes
+// a row. On two cores of a Zen 5 (1 MiB of level two each) 256 rows were 9 % faster than 128 in float32 and 15 % in
+// bfloat16; 512 rows would gain another 3 to 7 % for twice the memory. With tile registers, whose products wait for the
+// weight, they gain 12 % where D is 4096, and lose 6 % where it is 576 and writing the logits takes longer than them.
+template <class Words>
+std::int64_t most_rows(std::int64_t hidden_size) {
+  return Words::kUnit > 1 && hidden_size > 1024 ? 512 : 256;
 }
 
-std::int64_t teacher_row(const LinearCrossEntropy& problem, std::int64_t n) {
-  return problem.teacher_rows == nullptr ? n : problem.teacher_rows[n];
+// Whether the level multiplies these operands as bfloat16 pairs.
+bool multiplies_pairs([[maybe_unused]] const LinearCrossEntropy& problem) {
+#if defined(__AVX512BF16__)
+  return problem.hidden.dtype == DType::kBFloat16 && problem.weight.dtype == DType::kBFloat16;
+#else
+  return false;
+#endif
+}
+
+// Calls f with the words that are multiplied.
+template <class F>
+decltype(auto) with_words([[maybe_unused]] bool pairs, F f) {
+#if defined(__AVX512BF16__)
+  if (pairs) return f(PairWords{});
+#endif
+  return f(FloatWords{});
 }
 
 // Columns d ... d + width - 1 of weight rows first ... first + count - 1, as far as they are there.
@@ -47,43 +49,23 @@ void prefetch_weight(const LinearCrossEntropy& problem, std::int64_t first, std:
                smaller(width, problem.hidden_size - d) * size, problem.weight.stride * size);
 }
 
-template <class Words>
-void pack_panel(const Chunk& chunk, int panel, typename Words::Word* out) {
-  using Word = typename Words::Word;
-  const LinearCrossEntropy& problem = *chunk.problem;
-  const int student_panels = chunk.rows / kPanel;
-  const bool is_teacher = panel >= student_panels;
-  const Matrix& matrix = is_teacher ? problem.teacher_hidden : problem.hidden;
-  const int row = panel % student_panels * kPanel;
-  std::memset(out, 0, sizeof(Word) * static_cast<std::size_t>(chunk.depth * kPanel));
-  Word buffer[kDepthBlock];
-  for (int m = 0; m < kPanel && row + m < chunk.count; ++m) {
-    const std::int64_t n = chunk.first + row + m;
-    const void* source = row_of(matrix, is_teacher ? teacher_row(problem, n) : problem.rows[n]);
-    for (std::int64_t k = 0; k < chunk.depth; k += kDepthBlock) {
-      const std::int64_t count = smaller(kDepthBlock, chunk.depth - k);
-      copy_words(source, matrix.dtype, problem.hidden_size, k, count, buffer);
-      for (std::int64_t i = 0; i < count; ++i) out[(k + i) * kPanel + m] = buffer[i];
-    }
-  }
-}
-
 // Products of `count` weight rows from `first` with every panel: out is [panels][padded][kPanel].
 template <class Words>
 void multiply_block(const Chunk& chunk, std::int64_t first, std::int64_t count, void* scratch, float* out) {
   using Word = typename Words::Word;
   const LinearCrossEntropy& problem = *chunk.problem;
   const int panels = chunk.rows / kPanel * (problem.teacher_hidden.data == nullptr ? 1 : 2);
+  constexpr int kTile = Words::kTile;
   const std::int64_t padded = round_up(count, kTile);
-  const std::int64_t passes = round_up(chunk.depth, kDepthBlock) / kDepthBlock;
-  const std::int64_t pass_depth = (chunk.depth + passes - 1) / passes;
+  const std::int64_t passes = round_up(chunk.depth, kDepthBlock<Words>) / kDepthBlock<Words>;
+  const std::int64_t pass_depth = round_up((chunk.depth + passes - 1) / passes, Words::kUnit);
   Word* strip = static_cast<Word*>(scratch);
   const Word* states = static_cast<const Word*>(chunk.states);
   for (std::int64_t k = 0; k < chunk.depth; k += pass_depth) {
     const std::int64_t depth = smaller(pass_depth, chunk.depth - k);
     for (std::int64_t v = 0; v < padded; v += kTile) {
       for (std::int64_t i = 0; i < kTile; ++i) {
-        Word* row = strip + i * kStripStride;
+        Word* row = strip + i * kStripStride<Words>;
         if (v + i < count) {
           const void* source = row_of(problem.weight, first + v + i);
           copy_words(source, problem.weight.dtype, problem.hidden_size, k, depth, row);
@@ -96,106 +78,27 @@ void multiply_block(const Chunk& chunk, std::int64_t first, std::int64_t count, 
       prefetch_weight(problem, first + next, kTile, k * Words::kDepth, depth * Words::kDepth, prefetch);
       prefetch.spread(panels * depth);
       for (std::int64_t panel = 0; panel < panels; ++panel) {
-        multiply_tile<Words, kStripStride, 1>(strip, states + (panel * chunk.depth + k) * kPanel, depth, k > 0,
-                                              out + (panel * padded + v) * kPanel, prefetch);
+        const Word* numbers = states + (panel * chunk.depth + k) * kPanel;
+        float* logits = out + (panel * padded + v) * kPanel;
+        if constexpr (Words::kUnit == 1) {
+          multiply<Words, kStripStride<Words>, 1>(strip, numbers, depth, k > 0, logits, prefetch);
+        } else {
+          multiply(strip, kStripStride<Words>, numbers, depth, k > 0, logits, prefetch);
+        }
       }
     }
   }
 }
 
-// Packs weight rows first ... first + count - 1, columns d ... d + width - 1, as [tiles][depth][kTile] words, zeros
-// past the matrix's edges. What a vector holds beyond its kTile words is overwritten by the next row. (By way of a
-// buffer, loads would span two stores and wait for both: the second product then lost a fifth of its speed.)
-template <class Element>
-void pack_weight(const LinearCrossEntropy& problem, std::int64_t first, std::int64_t count, std::int64_t d,
-                 std::int64_t width, float* out) {
-  const std::int64_t stride = tile_stride(count);
-  const std::int64_t inside = problem.hidden_size - d;
-  for (std::int64_t v = 0; v < count; ++v) {
-    const Element* row = static_cast<const Element*>(row_of(problem.weight, first + v)) + d;
-    float* words = out + v * kTile;
-    std::int64_t i = 0;
-    for (; i < width && i + kTileSpan <= inside; i += kTile, words += stride) {
-      for (int lane = 0; lane < kTileSpan; lane += kLanes) store(words + lane, load(row + i + lane));
-    }
-    for (; i < width; i += kTile, words += stride) {
-      copy_words(row, problem.weight.dtype, inside, i, kTile, words);
-    }
-  }
-}
-
-void pack_weight(const LinearCrossEntropy& problem, std::int64_t first, std::int64_t count, std::int64_t d,
-                 std::int64_t width, float* out) {
-  switch (problem.weight.dtype) {
-    case DType::kFloat32:
-      return pack_weight<float>(problem, first, count, d, width, out);
-    case DType::kBFloat16:
-      return pack_weight<Bf16>(problem, first, count, d, width, out);
-    case DType::kFloat16:
-      return pack_weight<F16>(problem, first, count, d, width, out);
-  }
-}
-
-#if defined(__AVX512BF16__)
-vu load_halves(const std::uint16_t* p) {
-  vh halves;
-  std::memcpy(&halves, p, sizeof halves);
-  return __builtin_convertvector(halves, vu);
-}
-
-// The same with words of two rows' bfloat16.
-void pack_weight(const LinearCrossEntropy& problem, std::int64_t first, std::int64_t count, std::int64_t d,
-                 std::int64_t width, std::uint32_t* out) {
-  const std::int64_t depth = (count + 1) / 2;
-  const std::int64_t stride = tile_stride(depth);
-  const std::int64_t inside = problem.hidden_size - d;
-  for (std::int64_t k = 0; k < depth; ++k) {
-    const bool has_high = 2 * k + 1 < count;
-    const std::uint16_t* low = static_cast<const std::uint16_t*>(row_of(problem.weight, first + 2 * k)) + d;
-    const std::uint16_t* high = has_high ? low + problem.weight.stride : low;
-    std::uint32_t* words = out + k * kTile;
-    std::int64_t i = 0;
-    for (; i < width && i + kLanes <= inside; i += kTile, words += stride) {
-      const vu upper = has_high ? load_halves(high + i) << 16 : vu{};
-      const vu word = load_halves(low + i) | upper;
-      std::memcpy(words, &word, sizeof word);
-    }
-    for (; i < width; i += kTile, words += stride) {
-      for (std::int64_t lane = 0; lane < kTile; ++lane) {
-        const bool is_inside = i + lane < inside;
-        const std::uint32_t upper = is_inside && has_high ? high[i + lane] : 0;
-        words[lane] = (is_inside ? low[i + lane] : 0) | upper << 16;
-      }
-    }
-  }
-}
-
-vu rounded(const float* p) {
-  const vh halves = reinterpret_cast<vh>(_mm512_cvtneps_pbh(_mm512_loadu_ps(p)));
-  return __builtin_convertvector(halves, vu);
-}
-
-// Rounds [count][kPanel] floats to [(count + 1) / 2][kPanel] words in place.
-void round_to_words(float* values, std::int64_t count) {
-  for (std::int64_t k = 0; k < (count + 1) / 2; ++k) {
-    for (int half = 0; half < kPanel; half += kLanes) {
-      const float* low = values + 2 * k * kPanel + half;
-      vu word = rounded(low);
-      if (2 * k + 1 < count) word |= rounded(low + kPanel) << 16;
-      std::memcpy(values + k * kPanel + half, &word, sizeof word);
-    }
-  }
-}
-#endif
-
-// Adds to the slice's gradient the weight rows from `first` times their logits' gradient dz, [panels][count][kPanel].
-// `following` are the logits of the next block's `following_count` tokens.
+// Adds to the slice's gradient the weight rows from `first` times their logits' gradient dz, panels of `count` rows in
+// words. `following` are the logits of the next block's `following_count` tokens.
 template <class Words>
-void multiply_gradient(const Chunk& chunk, std::int64_t first, std::int64_t count, const float* dz,
+void multiply_gradient(const Chunk& chunk, std::int64_t first, std::int64_t count, const typename Words::Word* dz,
                        const float* following, std::int64_t following_count, void* scratch, float* gradient) {
   using Word = typename Words::Word;
+  constexpr int kTile = Words::kTile;
   const std::int64_t total = round_up(chunk.problem->hidden_size, kTile);
-  const std::int64_t depth = (count + Words::kDepth - 1) / Words::kDepth;
+  const std::int64_t depth = depth_of<Words>(count);
   const std::int64_t panels = chunk.rows / kPanel;
   Word* packed = static_cast<Word*>(scratch);
   for (std::int64_t d = 0; d < total; d += kWidthBlock) {
@@ -212,12 +115,104 @@ void multiply_gradient(const Chunk& chunk, std::int64_t first, std::int64_t coun
     }
     prefetch.spread(panels * (width / kTile) * depth);
     for (std::int64_t panel = 0; panel < panels; ++panel) {
+      const Word* const numbers = dz + panel * depth * kPanel;
       for (std::int64_t i = 0; i < width; i += kTile) {
-        multiply_tile<Words, 1, kTile>(packed + i / kTile * tile_stride(depth),
-                                       reinterpret_cast<const Word*>(dz + panel * count * kPanel), depth, true,
-                                       gradient + (panel * total + d + i) * kPanel, prefetch);
+        const Word* const tile = packed + i / kTile * tile_stride<Words>(depth);
+        float* const sums = gradient + (panel * total + d + i) * kPanel;
+        if constexpr (Words::kUnit == 1) {
+          multiply<Words, 1, kTile>(tile, numbers, depth, true, sums, prefetch);
+        } else {
+          multiply(numbers, depth, tile, depth, true, sums, prefetch);
+        }
       }
     }
+  }
+}
+
+// A block of logits, [R / kPanel][padded][kPanel] of the student and after them of the teacher, where there is one.
+struct Block {
+  template <class Words>
+  Block(Words, const Chunk& chunk, const Slice& slice, std::int64_t first)
+      : online(chunk.problem->teacher_hidden.data != nullptr), panels(chunk.rows / kPanel), first(first),
+        count(smaller(kBlock<Words>, slice.end - first)), panel_floats(round_up(count, Words::kTile) * kPanel) {}
+
+  bool online;
+  int panels;
+  std::int64_t first, count, panel_floats;
+
+  std::int64_t floats() const { return panels * panel_floats * (online ? 2 : 1); }
+  std::int64_t student(int panel) const { return panel * panel_floats; }
+  std::int64_t teacher(int panel) const { return (panels + panel) * panel_floats; }
+};
+
+template <class Words>
+void compute_logits(const Chunk& chunk, const Block& block, float* scratch, float* logits) {
+  multiply_block<Words>(chunk, block.first, block.count, scratch, logits);
+  for (std::int64_t panel = 0; panel < block.floats(); panel += block.panel_floats) {
+    finish_logits(*chunk.problem, block.first, block.count, logits + panel);
+  }
+}
+
+template <class Words>
+void sum_slice(const Chunk& chunk, const Slice& slice, bool keep_logits) {
+  const LinearCrossEntropy& problem = *chunk.problem;
+  [[maybe_unused]] const typename Words::Registers registers;
+  clear(slice.sums, chunk.rows);
+  const Mark* mark = slice.marks;
+  float* logits = slice.logits;
+  for (std::int64_t first = slice.begin; first < slice.end; first += kBlock<Words>) {
+    const Block block(Words{}, chunk, slice, first);
+    compute_logits<Words>(chunk, block, slice.scratch, logits);
+    for (int panel = 0; panel < block.panels; ++panel) {
+      const float* z = logits + block.student(panel);
+      const float* teacher = block.online ? logits + block.teacher(panel) : nullptr;
+      for (int half = 0; half < kPanel; half += kLanes) {
+        sum_lanes(problem, slice.sums, panel * kPanel + half, first, block.count, z + half,
+                  block.online ? teacher + half : nullptr);
+      }
+    }
+    for (; mark != slice.marks + slice.mark_count && mark->token < first + block.count; ++mark) {
+      const std::int64_t row = mark->row / kPanel * block.panel_floats + mark->row % kPanel;
+      const float z = logits[row + (mark->token - first) * kPanel];
+      if (mark->is_target) {
+        slice.sums.target_logit[mark->row] = z;
+      } else {
+        slice.sums.top_logits[mark->row] += static_cast<double>(mark->q) * static_cast<double>(z);
+      }
+    }
+    if (keep_logits) logits += block.floats();
+  }
+}
+
+template <class Words>
+void differentiate_slice(const Chunk& chunk, const Slice& slice) {
+  const LinearCrossEntropy& problem = *chunk.problem;
+  const std::int64_t width = round_up(problem.hidden_size, Words::kTile);
+  [[maybe_unused]] const typename Words::Registers registers;
+  std::memset(slice.gradient, 0, sizeof(float) * static_cast<std::size_t>(width * chunk.rows));
+  auto* const words = reinterpret_cast<typename Words::Word*>(slice.scratch);
+  float* const copies = slice.scratch + kBlock<Words> * chunk.rows;
+  const Mark* mark = slice.marks;
+  const float* logits = slice.logits;
+  for (std::int64_t first = slice.begin; first < slice.end; first += kBlock<Words>) {
+    const Block block(Words{}, chunk, slice, first);
+    // A panel's gradient becomes words while it is in the level-one cache.
+    const std::int64_t panel_words = depth_of<Words>(block.count) * kPanel;
+    const Mark* const marks = mark;
+    for (int panel = 0; panel < block.panels; ++panel) {
+      const float* z = logits + block.student(panel);
+      const float* teacher = block.online ? logits + block.teacher(panel) : nullptr;
+      float* const dz = Words::kDepth == 1 ? slice.scratch + panel * panel_words : copies;
+      differentiate_logits(chunk, panel * kPanel, first, block.count, z, teacher, dz);
+      for (mark = marks; mark != slice.marks + slice.mark_count && mark->token < first + block.count; ++mark) {
+        if (mark->row / kPanel == panel) dz[(mark->token - first) * kPanel + mark->row % kPanel] -= mark->share;
+      }
+      make_words(dz, block.count, words + panel * panel_words);
+    }
+    const float* following = logits + block.floats();
+    const std::int64_t following_count = smaller(kBlock<Words>, slice.end - first - block.count);
+    multiply_gradient<Words>(chunk, first, block.count, words, following, following_count, copies, slice.gradient);
+    logits = following;
   }
 }
 
@@ -225,124 +220,19 @@ std::uint16_t round_to(DType dtype, float value) {
   return dtype == DType::kBFloat16 ? round_to_bfloat16(value) : round_to_float16(value);
 }
 
-}  // namespace
-
-Blocking blocking(const LinearCrossEntropy& problem) {
-  constexpr std::int64_t strip = kTile * kStripStride;
-  constexpr std::int64_t packed = kWidthBlock / kTile * tile_stride(kBlock);
-  return {kPanel, kTile, round_up(problem.hidden_size, kTile), kBlock, strip > packed ? strip : packed};
+// Where a slice's gradient [R / panel][width / tile][tile][panel] has row m's number d, in tiles [panel][tile].
+template <class Words>
+std::int64_t place_of(std::int64_t m, std::int64_t d, std::int64_t width) {
+  const std::int64_t panel = m / kPanel * width * kPanel;
+  if constexpr (Words::kUnit == 1) return panel + d * kPanel + m % kPanel;
+  return panel + (d / Words::kTile * kPanel + m % kPanel) * Words::kTile + d % Words::kTile;
 }
 
-bool multiplies_pairs([[maybe_unused]] const LinearCrossEntropy& problem) {
-#if defined(__AVX512BF16__)
-  return problem.hidden.dtype == DType::kBFloat16 && problem.weight.dtype == DType::kBFloat16;
-#else
-  return false;
-#endif
-}
-
-void pack_states(const Chunk& chunk, int begin, int end) {
-  for (int panel = begin; panel < end; ++panel) {
-    const std::int64_t offset = panel * chunk.depth * kPanel;
-#if defined(__AVX512BF16__)
-    if (chunk.pairs) {
-      pack_panel<BFloat16Words>(chunk, panel, static_cast<std::uint32_t*>(chunk.states) + offset);
-      continue;
-    }
-#endif
-    pack_panel<FloatWords>(chunk, panel, static_cast<float*>(chunk.states) + offset);
-  }
-}
-
-void sum_slice(const Chunk& chunk, const Slice& slice, bool keep_logits) {
-  const LinearCrossEntropy& problem = *chunk.problem;
-  const bool online = problem.teacher_hidden.data != nullptr;
-  clear(slice.sums, chunk.rows);
-  const Mark* mark = slice.marks;
-  float* logits = slice.logits;
-  for (std::int64_t first = slice.begin; first < slice.end; first += kBlock) {
-    const std::int64_t count = smaller(kBlock, slice.end - first);
-    const std::int64_t panel_floats = round_up(count, kTile) * kPanel;
-    const std::int64_t student_floats = panel_floats * (chunk.rows / kPanel);
-#if defined(__AVX512BF16__)
-    if (chunk.pairs) {
-      multiply_block<BFloat16Words>(chunk, first, count, slice.scratch, logits);
-    } else
-#endif
-      multiply_block<FloatWords>(chunk, first, count, slice.scratch, logits);
-    for (int panel = 0; panel < chunk.rows / kPanel; ++panel) {
-      float* z = logits + panel * panel_floats;
-      float* teacher = online ? z + student_floats : nullptr;
-      finish_logits(problem, first, count, z);
-      if (online) finish_logits(problem, first, count, teacher);
-      for (int half = 0; half < kPanel; half += kLanes) {
-        const float* lanes = online ? teacher + half : nullptr;
-        sum_lanes(problem, slice.sums, panel * kPanel + half, first, count, z + half, lanes);
-      }
-    }
-    for (; mark != slice.marks + slice.mark_count && mark->token < first + count; ++mark) {
-      const float z = logits[mark->row / kPanel * panel_floats + (mark->token - first) * kPanel + mark->row % kPanel];
-      if (mark->is_target) {
-        slice.sums.target_logit[mark->row] = z;
-      } else {
-        slice.sums.top_logits[mark->row] += static_cast<double>(mark->q) * static_cast<double>(z);
-      }
-    }
-    if (keep_logits) logits += student_floats * (online ? 2 : 1);
-  }
-}
-
-void differentiate_slice(const Chunk& chunk, const Slice& slice) {
-  const LinearCrossEntropy& problem = *chunk.problem;
-  const bool online = problem.teacher_hidden.data != nullptr;
-  const std::int64_t width = round_up(problem.hidden_size, kTile);
-  std::memset(slice.gradient, 0, sizeof(float) * static_cast<std::size_t>(width * chunk.rows));
-  float* dz = slice.scratch;
-  float* packed = dz + kBlock * chunk.rows;
-  const Mark* mark = slice.marks;
-  const float* logits = slice.logits;
-  for (std::int64_t first = slice.begin; first < slice.end; first += kBlock) {
-    const std::int64_t count = smaller(kBlock, slice.end - first);
-    const std::int64_t panel_floats = round_up(count, kTile) * kPanel;
-    const std::int64_t student_floats = panel_floats * (chunk.rows / kPanel);
-    const float* following = logits + student_floats * (online ? 2 : 1);
-    const std::int64_t following_count = smaller(kBlock, slice.end - first - count);
-    for (int panel = 0; panel < chunk.rows / kPanel; ++panel) {
-      const float* z = logits + panel * panel_floats;
-      differentiate_logits(chunk, panel * kPanel, first, count, z, online ? z + student_floats : nullptr,
-                           dz + panel * count * kPanel);
-    }
-    for (; mark != slice.marks + slice.mark_count && mark->token < first + count; ++mark) {
-      dz[(mark->row / kPanel * count + mark->token - first) * kPanel + mark->row % kPanel] -= mark->share;
-    }
-#if defined(__AVX512BF16__)
-    if (chunk.pairs) {
-      for (int panel = 0; panel < chunk.rows / kPanel; ++panel) round_to_words(dz + panel * count * kPanel, count);
-      multiply_gradient<BFloat16Words>(chunk, first, count, dz, following, following_count, packed, slice.gradient);
-    } else
-#endif
-      multiply_gradient<FloatWords>(chunk, first, count, dz, following, following_count, packed, slice.gradient);
-    logits = following;
-  }
-}
-
-double tail_product(const Chunk& chunk, std::int64_t n) {
-  const LinearCrossEntropy& problem = *chunk.problem;
-  const float* tail = problem.tail_mean_weight + teacher_row(problem, n) * problem.hidden_size;
-  float buffer[kDepthBlock];
-  double total = 0;
-  for (std::int64_t d = 0; d < problem.hidden_size; d += kDepthBlock) {
-    const std::int64_t count = smaller(kDepthBlock, problem.hidden_size - d);
-    widen(row_of(problem.hidden, problem.rows[n]), problem.hidden.dtype, d, count, buffer);
-    for (std::int64_t i = 0; i < count; ++i) total += static_cast<double>(tail[d + i]) * static_cast<double>(buffer[i]);
-  }
-  return total;
-}
-
+template <class Words>
 void write_gradient(const Chunk& chunk, const Slice* slices, int slice_count, int begin, int end) {
   const LinearCrossEntropy& problem = *chunk.problem;
   const std::int64_t D = problem.hidden_size;
-  const std::int64_t width = round_up(D, kTile);
+  const std::int64_t width = round_up(D, Words::kTile);
   for (int m = begin; m < end; ++m) {
     const std::int64_t n = chunk.first + m;
     const bool has_tail = problem.tail_mean_weight != nullptr && problem.kl_share != nullptr;
@@ -354,7 +244,7 @@ void write_gradient(const Chunk& chunk, const Slice* slices, int slice_count, in
     for (std::int64_t d = 0; d < D; ++d) {
       float value = 0;
       for (int i = 0; counts && i < slice_count; ++i) {
-        value += slices[i].gradient[(m / kPanel * width + d) * kPanel + m % kPanel];
+        value += slices[i].gradient[place_of<Words>(m, d, width)];
       }
       if (tail_share != 0) value -= tail_share * tail[d];
       const std::int64_t at = n * D + d;
@@ -365,6 +255,62 @@ void write_gradient(const Chunk& chunk, const Slice* slices, int slice_count, in
       }
     }
   }
+}
+
+}  // namespace
+
+Blocking blocking(const LinearCrossEntropy& problem) {
+  const bool pairs = multiplies_pairs(problem);
+  return with_words(pairs, [&](auto words) -> Blocking {
+    using Words = decltype(words);
+    constexpr int kTile = Words::kTile;
+    constexpr std::int64_t block = kBlock<Words>, strip = kTile * kStripStride<Words>;
+    constexpr std::int64_t packed = kWidthBlock / kTile * tile_stride<Words>(depth_of<Words>(block));
+    return {.panel = kPanel,
+            .tile = kTile,
+            .most_rows = most_rows<Words>(problem.hidden_size),
+            .pairs = pairs,
+            .depth = depth_of<Words>(problem.hidden_size),
+            .width = round_up(problem.hidden_size, kTile),
+            .block = block,
+            .slice_floats = strip > packed ? strip : packed};
+  });
+}
+
+void pack_states(const Chunk& chunk, int begin, int end) {
+  with_words(chunk.pairs, [&](auto words) {
+    using Words = decltype(words);
+    for (int panel = begin; panel < end; ++panel) {
+      auto* const states = static_cast<typename Words::Word*>(chunk.states);
+      pack_panel<Words>(chunk, panel, states + panel * chunk.depth * kPanel);
+    }
+  });
+}
+
+void sum_slice(const Chunk& chunk, const Slice& slice, bool keep_logits) {
+  with_words(chunk.pairs, [&](auto words) { sum_slice<decltype(words)>(chunk, slice, keep_logits); });
+}
+
+void differentiate_slice(const Chunk& chunk, const Slice& slice) {
+  with_words(chunk.pairs, [&](auto words) { differentiate_slice<decltype(words)>(chunk, slice); });
+}
+
+double tail_product(const Chunk& chunk, std::int64_t n) {
+  const LinearCrossEntropy& problem = *chunk.problem;
+  const float* tail = problem.tail_mean_weight + teacher_row(problem, n) * problem.hidden_size;
+  constexpr std::int64_t kPass = 576;
+  float buffer[kPass];
+  double total = 0;
+  for (std::int64_t d = 0; d < problem.hidden_size; d += kPass) {
+    const std::int64_t count = smaller(kPass, problem.hidden_size - d);
+    widen(row_of(problem.hidden, problem.rows[n]), problem.hidden.dtype, d, count, buffer);
+    for (std::int64_t i = 0; i < count; ++i) total += static_cast<double>(tail[d + i]) * static_cast<double>(buffer[i]);
+  }
+  return total;
+}
+
+void write_gradient(const Chunk& chunk, const Slice* slices, int slice_count, int begin, int end) {
+  with_words(chunk.pairs, [&](auto words) { write_gradient<decltype(words)>(chunk, slices, slice_count, begin, end); });
 }
 
 }  // namespace dive::cpu::DIVE_ISA

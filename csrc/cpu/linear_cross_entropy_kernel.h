@@ -13,6 +13,9 @@ namespace dive::cpu {
 struct Blocking {
   int panel;                  // rows of hidden states side by side: R is a multiple of it
   int tile;                   // vocabulary entries multiplied together: slices begin at multiples of it
+  std::int64_t most_rows;     // R of a chunk, where memory allows
+  bool pairs;                 // a word of the packed operands is two bfloat16, else one float32
+  std::int64_t depth;         // words along D, padded
   std::int64_t width;         // hidden_size, padded
   std::int64_t block;         // vocabulary entries of a block
   std::int64_t slice_floats;  // scratch of a slice, beside `block` floats for each of R
@@ -44,11 +47,11 @@ struct RowSums {
 
 struct Chunk {
   const LinearCrossEntropy* problem;
-  bool pairs;          // a word of the packed operands is two bfloat16, else one float32
+  bool pairs;          // as in Blocking
   std::int64_t first;  // the chunk's first counted row
   int count;           // rows that are there
   int rows;            // R
-  std::int64_t depth;  // words along D
+  std::int64_t depth;  // as in Blocking
   void* states;        // [R / panel, or twice that with a teacher's after the student's][depth][panel] words
   // By row, for the gradient: e_v p_share - c_v smoothing_share - f_v q_share, minus the marks.
   const float* max;
@@ -64,13 +67,11 @@ struct Slice {
   std::int64_t mark_count;
   float* logits;  // the slice's, or room for one block where no gradient is wanted
   float* scratch;
-  float* gradient;  // [R / panel][width / tile][tile][panel]
+  float* gradient;  // [R / panel][width / tile][tile][panel], the last two exchanged where there are tile registers
   RowSums sums;
 };
 
 DIVE_DECLARE_VARIANTS(Blocking blocking(const LinearCrossEntropy& problem))
-// Whether the level multiplies these operands as bfloat16 pairs.
-DIVE_DECLARE_VARIANTS(bool multiplies_pairs(const LinearCrossEntropy& problem))
 // Packs panels begin ... end - 1 of chunk.states.
 DIVE_DECLARE_VARIANTS(void pack_states(const Chunk& chunk, int begin, int end))
 // Logits of the slice and their sums; keeps the logits if keep_logits.

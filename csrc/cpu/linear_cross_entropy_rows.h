@@ -133,8 +133,8 @@ inline void clear(const RowSums& sums, int rows) {
 }
 
 // Gradient with respect to a panel's logits, but for the marks: out is [count][kPanel].
-inline void differentiate_logits(const Chunk& chunk, int row, std::int64_t first, std::int64_t count, const float* z,
-                                 const float* teacher, float* out) {
+[[gnu::noinline]] inline void differentiate_logits(const Chunk& chunk, int row, std::int64_t first, std::int64_t count,
+                                                   const float* z, const float* teacher, float* out) {
   const LinearCrossEntropy& problem = *chunk.problem;
   const bool capped = problem.softcap != 0;
   const vf cap = splat(static_cast<float>(problem.softcap));

@@ -66,7 +66,11 @@ inline float sum(vf v) {
 // polynomial is the one of Cephes' expf.
 inline vf exp(vf x) {
   const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+#if defined(__AVX512F__)
+  const vf in = (vf)_mm512_maskz_min_ps(0xffff, (__m512)splat(89.0f), (__m512)x);  // NaN where x is it
+#else
   const vf in = select(x > splat(89.0f), splat(89.0f), select(x < splat(-89.0f), splat(-89.0f), x));
+#endif
   const vf shifted = in * splat(1.44269504088896341f) + shifter;
   const vf n = shifted - shifter;
   const vf f = (in - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
@@ -77,11 +81,16 @@ inline vf exp(vf x) {
   p = p * f + splat(1.6666665459e-1f);
   p = p * f + splat(5.0000001201e-1f);
   p = p * (f * f) + f + splat(1.0f);
+#if defined(__AVX512F__)
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-87.3f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
+#else
   // 2^n as two factors, since n reaches 128.
   const vi bits = (vi)shifted - (vi)shifter;
   const vi half = bits >> 1;
   const vf result = p * (vf)((half + 127) << 23) * (vf)((bits - half + 127) << 23);
   return select(x < splat(-87.3f), splat(0.0f), result);
+#endif
 }
 
 inline vf sigmoid(vf x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }

@@ -4,6 +4,7 @@ What stands between `<!-- table: NAME FILE ... -->` and `<!-- /table -->` is rep
 these files, whose paths start from the Markdown file's folder. Of several files the later one's records count.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ RECORD_TABLES: Mapping[str, Callable[[Sequence], Table | str]] = {
     "steering": readme_tables.steering,
     "train-step": readme_tables.train_step,
     "loss": readme_tables.loss,
+    "loss-bfloat16": functools.partial(readme_tables.loss, dtype="bfloat16"),
     "loss-ratios": readme_tables.loss_ratios,
     "missed": readme_tables.missed,
     **{name: readme_tables.as_on_the_page(name) for name in ("training", "reports", "evaluate", "fits")},

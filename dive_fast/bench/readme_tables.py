@@ -178,17 +178,18 @@ def train_step(records: Sequence[Record]) -> Table:
 LOSS_NAMES = {
     "dive_fast native": "ours",
     "eager float32 logits": "`F.cross_entropy(F.linear(...))`",
-    "eager valid rows": "the same on indexed rows",
-    "torch.compile": "the first, by `torch.compile`",
+    "eager": "the same with logits in bfloat16",
+    "eager valid rows": "the first on indexed rows",
+    "torch.compile": "the first by `torch.compile`",
     "F.linear_cross_entropy": "`F.linear_cross_entropy`",
     "F.linear_cross_entropy chunks of 512": "… in chunks of 512",
     "Cut Cross-Entropy torch_compile": "Cut Cross-Entropy (torch_compile)",
 }
 
 
-def loss(records: Sequence[Record]) -> Table:
-    """The loss of 1024 rows of SmolLM2's head in float32, by how many of them count."""
-    wanted = {"T": 1024, "dtype": "float32", "reduction": "mean", "weighted": False, "kl": None, "device": "cpu"}
+def loss(records: Sequence[Record], dtype: str = "float32") -> Table:
+    """The loss of 1024 rows of SmolLM2's head, by how many of them count."""
+    wanted = {"T": 1024, "dtype": dtype, "reduction": "mean", "weighted": False, "kl": None, "device": "cpu"}
     found = _some(_of(records, "loss", **wanted) or _cpu_loss(records, wanted), "loss")
     counts = sorted({r.get("N") for r in found}, reverse=True)
     by_name = {(r.get("implementation"), r.get("N")): r for r in found}
@@ -196,7 +197,7 @@ def loss(records: Sequence[Record]) -> Table:
     rows = [
         [LOSS_NAMES[name]] + [text for n in counts for text in _loss_cells(by_name.get((name, n)))] for name in names
     ]
-    columns = ["float32"]
+    columns = [dtype]
     for n in counts:
         columns += [f"{n} of 1024 rows count: time", "peak memory", "gradient's error"]
     return Table("Loss", columns, rows, strong=frozenset([0]))
@@ -220,7 +221,7 @@ def loss_ratios(records: Sequence[Record]) -> Table:
     for r in found:
         for peer in r.get("ratios"):
             time, memory = r.interval("ratios", peer), r.interval("ratios", peer, "peak_memory")
-            counted = f"{r.get('N')} of {r.get('T')} rows count"
+            counted = f"{r.get('dtype')}, {r.get('N')} of {r.get('T')} rows count"
             rows.append([counted, LOSS_NAMES.get(peer, peer), fixed(time), fixed(memory)])
     columns = ["ours : a peer, paired", "", "time (95 % interval)", "peak memory"]
     return Table("Loss beside its peers", columns, rows, words=2)
