@@ -214,13 +214,16 @@ def test_targets_are_judged_by_the_record_that_they_name():
 
 def test_every_target_on_a_cpu_names_a_record_that_the_suite_makes():
     """Spelled as in the committed files, or it would stay "not measured" for ever."""
-    paths = (ROOT / "benchmarks" / "results").glob("*.json")
-    contents = [(path.name, json.loads(path.read_text())) for path in sorted(paths)]
-    records = newest(parse_results(found, name) for name, found in contents if "systems" not in found)
-    for verdict in judge(records):
-        on_gpu = verdict.target.where.get("device") == "cuda"
-        four_rows = "4 rows" in verdict.target.what  # measured from the laptop scale's next run on
-        assert verdict.status != "not measured" or on_gpu or four_rows, verdict.target.what
+    measured = set()
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        found = json.loads(path.read_text())
+        # Each by itself: a later file may hold the same comparison with fewer peers.
+        if "systems" not in found:
+            verdicts = judge(parse_results(found, path.name).records)
+            measured |= {verdict.target.what for verdict in verdicts if verdict.status != "not measured"}
+    for target in TARGETS:
+        on_gpu = target.where.get("device") == "cuda"
+        assert target.what in measured or on_gpu, target.what
     assert len({target.what for target in TARGETS}) == len(TARGETS)
 
 
