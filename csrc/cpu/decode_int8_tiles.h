@@ -118,8 +118,9 @@ struct Int8Tiles {
 };
 
 // Few rows in vectors, more of them in tiles: whole numbers are added up exactly in either, so that a row's result does
-// not depend on which it was. A processor lowers its frequency where tiles are used: a step of one row took 12 %
-// longer, one of 4 rows as long, of 8 rows 12 % and of 16 rows 30 % less (SmolLM2 on two cores of a Xeon).
+// not depend on which it was. In tiles a step of one row took 13 % longer, one of 4 rows as long, of 8 rows 15 % and of
+// 16 rows 27 % less (SmolLM2 on two cores of a Xeon). What one row loses is lost by functions without a tile as well,
+// as if the processor lowered its frequency; that was not measured.
 struct Int8Rows {
   static constexpr int kMostRows = kTileBatch, kFewRows = 4;
   static_assert(kMostRows >= Int8Vectors::kMostRows && kFewRows <= Int8Vectors::kMostRows);

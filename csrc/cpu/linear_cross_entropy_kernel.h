@@ -67,7 +67,7 @@ struct Slice {
   std::int64_t mark_count;
   float* logits;  // the slice's, or room for one block where no gradient is wanted
   float* scratch;
-  float* gradient;  // [R / panel][width / tile][tile][panel], the last two exchanged where there are tile registers
+  float* gradient;  // [R / panel][width / tile][tile][panel], the last two exchanged by products in tile registers
   RowSums sums;
 };
 
