@@ -236,7 +236,8 @@ struct Tile {
   // This block's part of the first product.
   __device__ void multiply() const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    for (int group = 0; group < slice.count; group += kGroup) {
+    // Once at the least: a block without columns adds zeros to the others' sums.
+    for (int group = 0; group == 0 || group < slice.count; group += kGroup) {
       const int column = group + lane * 8;
       const bool there = column < slice.count;
       float x[kRows][8];

@@ -45,8 +45,7 @@ class DeviceMemory final : public engine::CacheMemory {
       if (places % 16) throw std::invalid_argument("layers: keys and values do not lie at multiples of 16 bytes");
     }
     const CurrentDevice current(device_);
-    // Prompts are computed on streams that are not known here.
-    if (foreign) check(cudaDeviceSynchronize(), "waiting for a prompt");
+    if (foreign) wait_for_others("waiting for a prompt");
     if (copies_.size() < copies.size())
       copies_ = DeviceArray<engine::HeadsCopy>(copies.size(), "copies of keys and values");
     check(cudaMemcpyAsync(copies_.data(), copies.data(), copies.size() * sizeof(copies[0]), cudaMemcpyDefault, stream_),

@@ -37,7 +37,16 @@ cudaError_t allow_shared(Kernel kernel, std::size_t bytes) {
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const ClusterLaunch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  return cudaLaunchKernelEx(&how.config, kernel, static_cast<Parameters>(arguments)...);
+  cudaFuncAttributes attributes{};
+  if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = how.config;
+  // Code for earlier architectures than 9.0, which later devices run as well, does not wait for the kernel before it
+  // (take_turn), and would begin early all the same.
+  if (attributes.ptxVersion < 90) {
+    ++config.attrs;
+    --config.numAttrs;
+  }
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
 template <class... Parameters, class... Arguments>

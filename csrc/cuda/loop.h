@@ -84,7 +84,8 @@ class Loop {
         for (int b = 0; b < rows; ++b) choices[b] = {of_rows[b].token, of_rows[b].log_prob};
         taken(choices.data());
       }
-      if (over) break;
+      // The last step is told behind `over`: where the device is not idle yet, it may not have been seen.
+      if (over && idle) break;
       if (wants_stop()) stop();
       if (!idle) {
         std::this_thread::yield();

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -81,6 +82,8 @@ template <class T>
 DeviceArray<T> uploaded(const std::vector<T>& values, const char* what) {
   DeviceArray<T> array(values.size(), what);
   check(cudaMemcpy(array.data(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), what);
+  // The bytes may still be on their way from a buffer of the driver's, and our own streams wait for no other.
+  check(cudaStreamSynchronize(nullptr), what);
   return array;
 }
 
@@ -139,12 +142,25 @@ class OwnStream {
   cudaStream_t stream_ = nullptr;
 };
 
+// Held by who records, and by who waits for a whole device, which must not record meanwhile.
+inline std::mutex& recording() {
+  static std::mutex mutex;
+  return mutex;
+}
+
+// Waits for what other streams of the current device do, which are not known here: PyTorch's.
+inline void wait_for_others(const char* what) {
+  const std::lock_guard lock(recording());
+  check(cudaDeviceSynchronize(), what);
+}
+
 // Kernels recorded once and started together.
 class Graph {
  public:
   // Records what `enqueue` starts on the stream.
   template <class F>
   Graph(cudaStream_t stream, F enqueue) {
+    const std::lock_guard lock(recording());
     check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a step");
     instantiate(record(stream, enqueue, true));
   }
@@ -163,6 +179,7 @@ class Graph {
   // Records what enqueue(condition) starts, to be repeated until a kernel sets the condition to 0.
   template <class F>
   static std::unique_ptr<Graph> repeating(cudaStream_t stream, F enqueue) {
+    const std::lock_guard lock(recording());
     cudaGraph_t graph = nullptr;
     check(cudaGraphCreate(&graph, 0), "recording a loop");
     std::unique_ptr<Graph> made(new Graph);

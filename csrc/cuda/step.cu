@@ -415,6 +415,7 @@ std::unique_ptr<engine::Stepper> make_stepper(const Plan& plan, int max_rows, in
   if (max_rows < 1 || max_rows > kMostRows) throw std::invalid_argument("max_rows: expected 1 to 64");
   if (const std::string reason = refusal(plan); !reason.empty()) throw std::invalid_argument("plan: " + reason);
   const CurrentDevice current(device);
+  wait_for_others("waiting for a model's tensors");
   return std::make_unique<CudaStepper>(plan, max_rows, device, form);
 }
 

@@ -37,10 +37,12 @@ struct Random {
   float number(float center, float spread) { return center + spread * (static_cast<float>(below(2001)) / 1000 - 1); }
 };
 
-// What the sizes of a decoder are multiples of, and whether all its matrices have one dtype, as some devices want it.
+// What the sizes of a decoder are multiples of, whether all its matrices have one dtype, as some devices want it, and a
+// hidden size to be steered at, where it is not drawn.
 struct Shape {
   std::int64_t unit = 1;
   std::optional<DType> dtype;
+  std::int64_t hidden_size = 0;
 };
 
 class Memory {
@@ -133,6 +135,7 @@ struct Model {
     plan.head_size = static_cast<int>(shape.unit == 1 ? 2 * (1 + random.below(20)) : size(40));
     // Large enough, now and then, for workers to share an adapter's products.
     plan.hidden_size = size(random.coin() ? 70 : 400);
+    if (shape.hidden_size) plan.hidden_size = shape.hidden_size;
     plan.intermediate_size = size(90);
     plan.vocabulary = 2 + random.below(400);
     plan.attention_scale = 1 / std::sqrt(static_cast<float>(plan.head_size));
@@ -150,7 +153,7 @@ struct Model {
       plan.ropes.push_back({{frequencies, frequencies + plan.head_size / 2}, random.number(1, 0.1f)});
     }
     for (std::int64_t layers = 1 + random.below(3); layers > 0; --layers) plan.layers.push_back(layer(random));
-    for (std::int64_t adapters = random.below(4); adapters > 0; --adapters) {
+    for (std::int64_t adapters = random.below(4) + (shape.hidden_size ? 1 : 0); adapters > 0; --adapters) {
       Adapter adapter;
       for (auto* places : {&adapter.attention, &adapter.block}) {
         for (std::size_t l = 0; l < plan.layers.size(); ++l) {
