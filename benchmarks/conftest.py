@@ -15,8 +15,9 @@ from benchmarks import machine, measure, results  # noqa: E402
 from benchmarks.gpu_findings import NO_TIME  # noqa: E402
 
 RECORDS = pytest.StashKey[list]()
-# Seconds that must be left to begin a measurement, and one of something that compiles for a while first.
-LEAST_LEFT, LEAST_LEFT_COMPILING = 15.0, 60.0
+# Seconds that must be left to begin a measurement: of an op, of a model, which is made, checked and asked for a first
+# token before, of several in turn, and of something that compiles for a while.
+LEAST_LEFT, LEAST_LEFT_MODEL, LEAST_LEFT_RATIOS, LEAST_LEFT_COMPILING = 10.0, 30.0, 40.0, 60.0
 # Seconds; one measurement of the largest size, its float64 check included.
 TIMEOUT = 1800
 
@@ -64,7 +65,10 @@ def pytest_runtest_setup(item):
     chosen = getattr(item, "callspec", None) and item.callspec.params.get("implementation")
     compiles = getattr(chosen, "slow_start", False) or getattr(chosen, "compiles", False)
     left = deadline - (time.monotonic() - START)
-    if left < (LEAST_LEFT_COMPILING if compiles or "ratios" in item.originalname else LEAST_LEFT):
+    wanted = LEAST_LEFT_MODEL if item.module.__name__.endswith("test_decode") else LEAST_LEFT
+    if "ratios" in item.originalname:
+        wanted = LEAST_LEFT_RATIOS
+    if left < (LEAST_LEFT_COMPILING if compiles else wanted):
         pytest.skip(NO_TIME)
 
 

@@ -78,8 +78,9 @@ def _verdict(part: Part, outcome: Outcome, found: dict, counts: dict | None) -> 
     last = last_line(outcome.output)
     if outcome.overran:
         why = f"ended after {outcome.seconds:.0f} s; last line: {last}"
-        # Slow is no fault of a checked program; a benchmark stops in time by itself, so it was hanging.
-        slow = part.kind == "sanitizer" or (part.name == "kernel tests" and not found.get("failed"))
+        # Slow is no fault of a checked program, nor of a benchmark that has figures; without any, it was hanging.
+        measured = any(found.get(name) for name in ("records", "kernels"))
+        slow = part.kind == "sanitizer" or ((measured or part.name == "kernel tests") and not found.get("failed"))
         return ("unfinished" if slow else "failed"), why
     if found.get("failed"):
         return "failed", f"{found['failed']} failed"

@@ -13,7 +13,7 @@ from benchmarks.gpu_process import until_interrupted
 
 ROOT = Path(__file__).parents[1]
 # They provoke waiting on purpose, compile dozens of kernels, which takes minutes under the sanitizer, or run torch's.
-NOT_SANITIZED = "not nothing_waits and not test_train_gpu"
+NOT_SANITIZED = "not nothing_waits and not does_nothing and not test_train_gpu"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def _others(facts: dict, folder: Path) -> list[Part]:
         # A test asks for a device that does not exist, so the API's own errors are no finding. What torch keeps to
         # itself to serve later allocations would hide reads beyond an allocation's end.
         options = ("--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9", "--target-processes", "all")
-        command = (path or "compute-sanitizer", *options, *PYTEST, "-m", "gpu", "-k", chosen, "tests")
+        program = (*PYTEST, "--continue-on-collection-errors", "-m", "gpu and not alone", "-k", chosen)
+        command = (path or "compute-sanitizer", *options, *program, *files_marked("gpu"))
         missing = None if path else "compute-sanitizer is not installed"
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Part(tool, "sanitizer", seconds, None, command, env=env, missing=missing)
@@ -85,9 +86,9 @@ def _others(facts: dict, folder: Path) -> list[Part]:
     decode = "benchmarks/test_decode.py::"
     decode_tests = tuple(decode + name for name in ("test_steering_overhead", "test_decode", "test_decode_ratios"))
     return [
-        tests("gpu tests", 70, 50, "-m", "gpu and not alone", *workers, "tests"),
-        tests("gpu tests of memory", 30, None, "-m", "gpu and alone", "tests"),
-        Part("floors", "floors", 60, 40, (sys.executable, "-m", "benchmarks.gpu_device", "floors", str(floors)),
+        tests("gpu tests", 90, 60, "-m", "gpu and not alone", *workers, *files_marked("gpu")),
+        tests("gpu tests of memory", 40, None, "-m", "gpu and alone", *files_marked("alone")),
+        Part("floors", "floors", 60, 30, (sys.executable, "-m", "benchmarks.gpu_device", "floors", str(floors)),
              json=floors),
         benchmark("loss ratios", 100, 75, "benchmarks/test_loss.py", "-k", "ratios"),
         benchmark("steer", 50, 45, "benchmarks/test_steer.py"),
@@ -106,6 +107,12 @@ def _others(facts: dict, folder: Path) -> list[Part]:
     ]  # fmt: skip
 
 
+def files_marked(name: str) -> list[str]:
+    """Test files with that mark: to import all files, as each worker would, takes as long as the tests themselves."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if f"mark.{name}" in file.read_text(encoding="utf-8")]
+
+
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
 KERNEL_TESTS = (
     "tests/test_ops_steer_triton.py",
@@ -121,7 +128,7 @@ def build_parts(capability: Sequence[int], nvcc: str) -> list[Part]:
         "CMAKE_CUDA_ARCHITECTURES": architecture(capability),
         "CMAKE_CUDA_COMPILER": nvcc,
     }
-    name, seconds, quick = "build", 180, 100
+    name, seconds, quick = "build", 150, 100
     if importlib.util.find_spec("pybind11") is None:
         return [Part(name, "build", seconds, quick, missing="pybind11 is not installed: pip install 'pybind11>=3,<4'")]
     if importlib.util.find_spec("pip") and importlib.util.find_spec("scikit_build_core") and not _externally_managed():

@@ -11,7 +11,7 @@ from dive_fast.ops.steer import spec
 SIZES = {
     "smoke": [("smoke", 64, 64, 4)],
     "laptop": [("smollm2-135m step", 1288, 576, 16), ("7b step", 1024, 4096, 64), ("7b decode", 1, 4096, 64)],
-    "gpu": [("7b step", 16384, 4096, 64), ("7b rank 256", 16384, 4096, 256), ("7b decode", 8, 4096, 64)],
+    "gpu": [("7b decode", 8, 4096, 64), ("7b step", 16384, 4096, 64), ("7b rank 256", 16384, 4096, 256)],
 }
 DTYPES = (torch.float32, torch.bfloat16)
 DIRECTIONS = ("forward", "forward and backward")

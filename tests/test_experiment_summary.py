@@ -1,5 +1,7 @@
 """Means over seeds, intervals over documents and seeds, paired differences: against a bootstrap written out by hand."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -27,7 +29,11 @@ def scores(skill: int, seed: int, references=REFERENCES):
                     likelihoods=(nll, tokens), finish_reasons=reasons)  # fmt: skip
 
 
-SYSTEMS = {"base": [scores(2, 9)] * 3, "a": [scores(5, s) for s in range(3)], "b": [scores(8, s) for s in range(3)]}
+@functools.cache
+def systems() -> dict:
+    return {"base": [scores(2, 9)] * 3, "a": [scores(5, s) for s in range(3)], "b": [scores(8, s) for s in range(3)]}
+
+
 B, SEED = 60, 4
 
 
@@ -54,9 +60,9 @@ def by_hand() -> dict[str, dict[str, np.ndarray]]:
     """system -> key -> [B]: the same draws, one resample, one seed and one system at a time."""
     documents = np.random.default_rng(SEED).integers(0, N, size=(B, N))
     seeds = np.random.default_rng([SEED, 1]).integers(0, 3, size=(B, 3))
-    found = {name: {key: np.zeros(B) for key in KEYS} for name in SYSTEMS}
+    found = {name: {key: np.zeros(B) for key in KEYS} for name in systems()}
     for b in range(B):
-        for name, runs in SYSTEMS.items():
+        for name, runs in systems().items():
             values = [on_documents(runs[s], documents[b]) for s in seeds[b]]
             for key in KEYS:
                 found[name][key][b] = sum(one[key] for one in values) / 3
@@ -64,8 +70,8 @@ def by_hand() -> dict[str, dict[str, np.ndarray]]:
 
 
 def test_values_are_means_over_the_seeds():
-    found = summarize(SYSTEMS, reference="b", bootstrap=0, seed=0)
-    for name, runs in SYSTEMS.items():
+    found = summarize(systems(), reference="b", bootstrap=0, seed=0)
+    for name, runs in systems().items():
         for key in ("perplexity", "rouge_l", "bleu_1"):
             assert found[name].values[key] == pytest.approx(sum(run[key] for run in runs) / 3, rel=1e-12)
         expected = sum(np.log(run["perplexity"]) for run in runs) / 3
@@ -76,8 +82,8 @@ def test_values_are_means_over_the_seeds():
 
 
 def test_intervals_are_those_of_a_bootstrap_by_hand():
-    found, expected = summarize(SYSTEMS, reference=None, bootstrap=B, seed=SEED), by_hand()
-    for name in SYSTEMS:
+    found, expected = summarize(systems(), reference=None, bootstrap=B, seed=SEED), by_hand()
+    for name in systems():
         for key in KEYS:
             low, high = np.percentile(expected[name][key], (2.5, 97.5))
             assert found[name].intervals[key] == pytest.approx((low, high), rel=1e-9, abs=1e-12), (name, key)
@@ -85,7 +91,7 @@ def test_intervals_are_those_of_a_bootstrap_by_hand():
 
 
 def test_differences_are_paired_in_documents_and_seeds():
-    found, expected = summarize(SYSTEMS, reference="b", bootstrap=B, seed=SEED), by_hand()
+    found, expected = summarize(systems(), reference="b", bootstrap=B, seed=SEED), by_hand()
     assert found["b"].differences == {}
     for name in ("base", "a"):
         for key in KEYS:
@@ -98,13 +104,13 @@ def test_differences_are_paired_in_documents_and_seeds():
 
 
 def test_equal_systems_differ_by_nothing():
-    twice = {"x": SYSTEMS["a"], "y": [scores(5, s) for s in range(3)]}
+    twice = {"x": systems()["a"], "y": [scores(5, s) for s in range(3)]}
     found = summarize(twice, reference="y", bootstrap=B, seed=SEED)["x"].differences
     assert all(one.value == 0 and one.interval == (0, 0) and not one.clear for one in found.values())
 
 
 def test_one_seed_gives_the_intervals_of_evaluate_and_paired_difference():
-    one = {name: runs[:1] for name, runs in SYSTEMS.items()}
+    one = {name: runs[:1] for name, runs in systems().items()}
     found = summarize(one, reference="b", bootstrap=200, seed=7)
     for key in ("perplexity", "rouge_l", "bleu_4", "decisive_f1"):
         difference, interval = dive_fast.paired_difference(one["a"][0], one["b"][0], key, bootstrap=200, seed=7)
@@ -124,6 +130,6 @@ def test_seeds_that_differ_widen_the_interval():
 
 
 def test_systems_scored_on_other_documents_are_refused():
-    other = {"a": SYSTEMS["a"], "z": [scores(5, s, REFERENCES[::-1]) for s in range(3)]}
+    other = {"a": systems()["a"], "z": [scores(5, s, REFERENCES[::-1]) for s in range(3)]}
     with pytest.raises(InputError, match="z and a differ in their documents; remove the files scores.json"):
         summarize(other, reference="a", bootstrap=10, seed=0)
