@@ -1,6 +1,7 @@
 """Argument checks that both ops need. They read shapes and dtypes only, never values, so none waits for a device."""
 
 import torch
+from torch.autograd import forward_ad
 
 from dive_fast.errors import InputError
 
@@ -10,6 +11,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype of softmax, norms and sums: float64 where an input is float64, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def has_tangent(*values) -> bool:
+    """Whether a tensor among them carries a derivative forward (torch.func.jvp, torch.autograd.forward_ad)."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in values)
 
 
 def wrong(argument: str, expected: str, got: object, remedy: str) -> InputError:

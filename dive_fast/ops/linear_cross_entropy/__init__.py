@@ -6,7 +6,7 @@ T rows, D hidden size, V vocabulary.
 import torch
 
 from dive_fast.ops.backend import select_backend
-from dive_fast.ops.checks import accumulation_dtype
+from dive_fast.ops.checks import accumulation_dtype, has_tangent
 from dive_fast.ops.linear_cross_entropy import checks, library, reference
 from dive_fast.ops.linear_cross_entropy.types import TOP_TOKENS, LossStats, TeacherStatistics
 from dive_fast.ops.precision import own_precision
@@ -138,7 +138,7 @@ def linear_cross_entropy(
         denominator if isinstance(denominator, tuple | list) else (denominator, None),
     )
     check = hidden.device.type == "cpu" if check_values is None else check_values
-    chosen = select_backend("linear_cross_entropy", backend, hidden.device, _unfit(hidden, weight, bias))
+    chosen = select_backend("linear_cross_entropy", backend, hidden.device, _unfit(hidden, weight, bias, token_weights))
     loss, stats = (_referred if chosen == "reference" else _fused)(*inputs, check, backend, options)
     if reduction == "none":
         loss = loss.reshape(targets.shape)
@@ -147,9 +147,11 @@ def linear_cross_entropy(
     return loss, LossStats(*(None if figure is None else figure.reshape(targets.shape) for figure in stats))
 
 
-def _unfit(hidden, weight, bias) -> dict[str, str]:
+def _unfit(hidden, weight, bias, token_weights) -> dict[str, str]:
     """Backends that cannot take these arguments, with the reason."""
     unfit = {}
+    if has_tangent(hidden, weight, bias, token_weights):
+        return dict.fromkeys(library.BACKEND_MODULES, "it has no derivatives forward")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         reason = "it is for a frozen head, and weight or bias requires grad (detach them, or train them by 'reference')"
         unfit = dict.fromkeys(library.BACKEND_MODULES, reason)

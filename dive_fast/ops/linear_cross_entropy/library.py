@@ -90,7 +90,10 @@ def linear_cross_entropy(
 
     averaged = reduction == "mean"
     ce_divisor, kl_divisor = _divisors(row_targets, row_weights, counted, class_weights, denominators)
-    row_scale, ce_share, kl_share = _shares(row_weights, counted, kl_weight, averaged, ce_divisor, kl_divisor)
+    sizes = (
+        None if class_weights is None else _sizes(row_targets, class_weights.to(accumulate), label_smoothing, z_loss)
+    )
+    row_scale, ce_share, kl_share = _shares(row_weights, counted, kl_weight, averaged, ce_divisor, kl_divisor, sizes)
     if taught is not None and kl_share is None:
         kl_share = torch.zeros_like(ce_share)  # its divergence is asked for, not its gradient
     name = _choose_backend(backend, hidden, len(index), max_workspace_bytes, weight.shape[0])
@@ -98,7 +101,8 @@ def linear_cross_entropy(
     if name != "native" and hidden.dtype != weight.dtype:
         wider = torch.promote_types(hidden.dtype, weight.dtype)
         states, head = hidden.to(wider), weight.to(wider)
-    states, head = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (states, head))
+        logits_dtype = torch.promote_types(logits_dtype, wider)  # logits leave room for their gradients
+    states, head = (_unit_inner_stride(x) for x in (states, head))
     with torch.autocast(hidden.device.type, enabled=False):
         figures = importlib.import_module(BACKEND_MODULES[name]).row_figures(
             RowInputs(
@@ -109,7 +113,7 @@ def linear_cross_entropy(
                 ce_share,
                 kl_share,
                 teacher_rows=_teacher_rows(taught, rows, index),
-                teacher=taught.to(states.dtype) if isinstance(taught, torch.Tensor) else taught,
+                teacher=_unit_inner_stride(taught.to(states.dtype)) if isinstance(taught, torch.Tensor) else taught,
                 bias=bias,
                 class_weights=class_weights,
                 label_smoothing=label_smoothing,
@@ -126,6 +130,10 @@ def linear_cross_entropy(
         loss = _spread(loss, index, len(targets))
     gradient, row_scale = _saved(figures.gradient, row_scale, index, rows, hidden, needs_gradient)
     return (loss, gradient, row_scale, *_stats(figures, counted, index, len(targets), return_stats, accumulate))
+
+
+def _unit_inner_stride(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
 def _teacher(tensors):
@@ -164,18 +172,26 @@ def _divisors(targets, weights, counted, class_weights, denominators):
     return ce_divisor.to(weights), kl_divisor.to(weights)
 
 
-def _shares(weights, counted, kl_weight, averaged, ce_divisor, kl_divisor):
+def _sizes(targets, class_weights, label_smoothing, z_loss) -> torch.Tensor:
+    """[N]: how large a row's cross-entropy is beside one without class weights."""
+    sizes = (1 - label_smoothing) * class_weights[targets] + label_smoothing * class_weights.mean() + z_loss
+    return sizes.masked_fill(sizes == 0, 1.0)
+
+
+def _shares(weights, counted, kl_weight, averaged, ce_divisor, kl_divisor, sizes=None):
     """(row_scale, ce_share, kl_share), [N] each: how a row's two losses enter its gradient.
 
-    The row's loss is proportional to w * ce + kappa * kl. The backend computes that combination divided by w + kappa,
-    which keeps its terms near 1, where half precision has its digits; the rest is row_scale, applied in the backward.
+    The row's loss is proportional to w * ce + kappa * kl. The backend computes that combination divided by
+    w * size + kappa, which keeps its terms near 1, where half precision has its digits; the rest is row_scale, applied
+    in the backward.
     """
     divisor = ce_divisor if averaged else 1.0
+    sized = weights if sizes is None else weights * sizes
     if not kl_weight:
-        scale = weights / divisor
-        return scale.masked_fill(~counted, 0.0), counted.to(weights.dtype), None
+        share = counted.to(weights.dtype) if sizes is None else (1 / sizes).masked_fill(~counted, 0.0)
+        return (sized / divisor).masked_fill(~counted, 0.0), share, None
     kappa = kl_weight * ce_divisor / kl_divisor if averaged else torch.full_like(ce_divisor, kl_weight)
-    total = weights + kappa
+    total = sized + kappa
     scale = (total / divisor).masked_fill(~counted, 0.0)
     return scale, (weights / total).masked_fill(~counted, 0.0), (kappa / total).masked_fill(~counted, 0.0)
 
@@ -298,8 +314,15 @@ def _backward(ctx, upstream, *_):
     return tuple(gradients)
 
 
+def _no_second_backward(ctx, *_):
+    raise RuntimeError(
+        "linear_cross_entropy: its backward pass has no derivative; backend='reference' has derivatives of every order"
+    )
+
+
 LIBRARY.impl("linear_cross_entropy", linear_cross_entropy, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_cross_entropy_backward", linear_cross_entropy_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("dive_fast::linear_cross_entropy", fake_linear_cross_entropy, lib=LIBRARY)
 torch.library.register_fake("dive_fast::linear_cross_entropy_backward", fake_linear_cross_entropy_backward, lib=LIBRARY)
 torch.library.register_autograd("dive_fast::linear_cross_entropy", _backward, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd("dive_fast::linear_cross_entropy_backward", _no_second_backward, lib=LIBRARY)

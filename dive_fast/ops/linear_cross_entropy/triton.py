@@ -8,6 +8,7 @@ T rows, N rows that count, R rows of one chunk, D hidden size, V vocabulary, K t
 """
 
 import math
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -72,7 +73,7 @@ def row_figures(x: RowInputs) -> RowFigures:
     dlogits = logits.view(x.hidden.dtype)
 
     BLOCK_V, registers = block_and_registers(V, flags)
-    with device_of(x.hidden), _exact_reductions():
+    with device_of(x.hidden), _reductions.exact():
         for start in range(0, N, R):
             chunk = slice(start, min(start + R, N))
             size = chunk.stop - start
@@ -169,9 +170,34 @@ def _product(left, right, out) -> None:
         torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
-@contextmanager
-def _exact_reductions():
-    """cuBLAS adds up partial products of a split K in float32, whatever the process allows elsewhere."""
+class _Reductions:
+    """cuBLAS's settings, which belong to the process: calls that overlap change them once and hand them back once."""
+
+    def __init__(self):
+        self.lock, self.calls, self.before = threading.Lock(), 0, {}
+
+    @contextmanager
+    def exact(self):
+        """cuBLAS adds up partial products of a split K in float32, whatever the process allows elsewhere."""
+        with self.lock:
+            self.calls += 1
+            if self.calls == 1:
+                self.before = _forbid_reduced_precision()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.calls -= 1
+                if self.calls == 0:
+                    for name, value in self.before.items():
+                        setattr(torch.backends.cuda.matmul, name, value)
+
+
+_reductions = _Reductions()
+
+
+def _forbid_reduced_precision() -> dict:
+    """The settings as they were."""
     matmul = torch.backends.cuda.matmul
     before = {}
     for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
@@ -182,8 +208,4 @@ def _exact_reductions():
         setattr(matmul, name, False if may_split else (False, False))
     before["allow_fp16_accumulation"] = matmul.allow_fp16_accumulation
     matmul.allow_fp16_accumulation = False
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(matmul, name, value)
+    return before

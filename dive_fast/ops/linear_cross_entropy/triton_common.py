@@ -69,10 +69,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def teacher_tables(x: RowInputs) -> tuple[torch.Tensor | None, ...]:
-    """(tail_mean_weight, tail_mass, tail_negative_entropy, top_indices, top_log_probs), contiguous; None without."""
+    """(tail_mean_weight, tail_mass, tail_negative_entropy, top_indices, top_log_probs), contiguous, numbers in the
+    dtype that is computed in; None without."""
     if x.statistics is None:
         return (None,) * len(TeacherStatistics._fields)
-    return tuple(table.contiguous() for table in x.statistics)
+    accumulate = accumulation_dtype(x.hidden)
+    return tuple((table.to(accumulate) if table.is_floating_point() else table).contiguous() for table in x.statistics)
 
 
 @triton.jit

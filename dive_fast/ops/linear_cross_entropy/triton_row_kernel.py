@@ -194,8 +194,9 @@ def linear_cross_entropy_row_fwd_kernel(
         if HAS_SMOOTHING:
             ce += smoothing_share * tl.sum(lane_smoothing, 0)
         if WANTS_STATS:
-            tl.store(entropy_ptr + row, tl.sum(lane_entropy, 0))
-            tl.store(correct_ptr + row, tl.max(lane_beaten, 0) == 0)
+            # Comparisons with NaN are false, and times_log takes its products for 0.
+            tl.store(entropy_ptr + row, tl.where(lse == lse, tl.sum(lane_entropy, 0), lse))
+            tl.store(correct_ptr + row, (tl.max(lane_beaten, 0) == 0) & (lse == lse))
             tl.store(lse_ptr + row, lse)
             tl.store(log_prob_ptr + row, target_log_p)
         if HAS_ONLINE_TEACHER:

@@ -168,6 +168,8 @@ def linear_cross_entropy_streaming_gradient_fwd_kernel(
         d = tl.where((v < V)[None, :] & stays[:, None], d, 0.0)
         d = d.to(weight_ptr.dtype.element_ty)
         weight_ptrs = weight_ptr + v.to(tl.int64)[:, None] * stride_wv
+        # A tensor: what comes of comparing the loop's own number is no mask to the interpreter of Triton 3.9.
+        follows = tl.zeros([1, 1], tl.int32) + start > first_v
         for d_start in range(0, D, BLOCK_D):
             column = d_start + d_offsets
             w = tl.load(
@@ -175,7 +177,7 @@ def linear_cross_entropy_streaming_gradient_fwd_kernel(
             )
             mask = n_mask[:, None] & (column < D)[None, :]
             # The first tile finds nothing to add to: the buffer is not initialised.
-            before = tl.load(gradient_ptrs + column[None, :], mask=mask & (start > first_v), other=0.0)
+            before = tl.load(gradient_ptrs + column[None, :], mask=mask & follows, other=0.0)
             tl.store(gradient_ptrs + column[None, :], tl.dot(d, w, before, input_precision=PRECISION), mask=mask)
         # The next tile's loads may fall to other threads than these stores.
         tl.debug_barrier()

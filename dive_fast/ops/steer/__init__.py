@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 
 from dive_fast.ops.backend import select_backend
-from dive_fast.ops.checks import DTYPES, check_device, check_tensor, wrong
+from dive_fast.ops.checks import DTYPES, check_device, check_tensor, has_tangent, wrong
 from dive_fast.ops.precision import own_precision
 from dive_fast.ops.steer import library, reference
 
@@ -91,7 +91,7 @@ def steer(
         "norm_eps": norm_eps,
     }
     adapter = {"down": down, "up": up, "bias": bias, "static": static, "alpha": alpha, "gate": gate}
-    chosen = select_backend("steer", backend, residual.device, _unfit(residual, adapter, adapter_index))
+    chosen = select_backend("steer", backend, residual.device, _unfit(residual, update, norm_weight, adapter))
     if chosen == "reference":
         run = reference.steer if adapter_index is None else reference.steer_mixed
         extra = {} if adapter_index is None else {"adapter_index": adapter_index}
@@ -99,10 +99,12 @@ def steer(
     return _fused(residual, update, mask, adapter_index, norm_weight, adapter, chosen, options)
 
 
-def _unfit(residual, adapter, adapter_index) -> dict[str, str]:
+def _unfit(residual, update, norm_weight, adapter) -> dict[str, str]:
     """Backends that cannot take these arguments, with the reason."""
     gate = adapter["gate"] or ()
-    tensors = [x for x in (residual, *adapter.values(), *gate) if isinstance(x, torch.Tensor)]
+    tensors = [x for x in (residual, update, norm_weight, *adapter.values(), *gate) if isinstance(x, torch.Tensor)]
+    if has_tangent(*tensors):
+        return dict.fromkeys(library.BACKEND_MODULES, "it has no derivatives forward")
     if any(x.dtype == torch.float64 for x in tensors):
         return dict.fromkeys(library.BACKEND_MODULES, "it has no float64")
     if residual.shape[-1] == 0:

@@ -109,7 +109,13 @@ def _backward(ctx, grad_steered, grad_normalized, _):
     by_name = dict(zip(wanted, found, strict=True))
     for position, name in names.items():
         gradients[position] = by_name[name].to(tensors[position].dtype)
+    if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
+        gradients[1] = gradients[0].clone()  # whoever adds up gradients in place must not meet both in one tensor
     return tuple(gradients)
+
+
+def _no_second_backward(ctx, *_):
+    raise RuntimeError("steer: its backward pass has no derivative; backend='reference' has derivatives of every order")
 
 
 LIBRARY.impl("steer", steer, "CompositeExplicitAutograd")
@@ -117,3 +123,4 @@ LIBRARY.impl("steer_backward", steer_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("dive_fast::steer", fake_steer, lib=LIBRARY)
 torch.library.register_fake("dive_fast::steer_backward", fake_steer_backward, lib=LIBRARY)
 torch.library.register_autograd("dive_fast::steer", _backward, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd("dive_fast::steer_backward", _no_second_backward, lib=LIBRARY)

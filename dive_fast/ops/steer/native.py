@@ -34,7 +34,7 @@ def steer_forward(
     residual = inputs.residual
     steered = torch.empty(residual.shape, dtype=residual.dtype)
     normalized = None if inputs.norm_weight is None else torch.empty(residual.shape, dtype=residual.dtype)
-    pre_activation = torch.empty(residual.shape[0], inputs.rank) if inputs.rank else None
+    pre_activation = torch.empty(residual.shape[0], inputs.rank, dtype=torch.float32) if inputs.rank else None
     extension.steer_forward(
         inputs=pointers,
         steered=steered.data_ptr(),
@@ -69,7 +69,8 @@ def steer_backward(
     """
     extension = native.load().cpu
     pointers, kept = _pointers(extension, inputs)
-    gradients = {name: torch.empty(getattr(inputs, name).shape) for name in wanted if name != "residual"}
+    parameters = wanted - {"residual"}
+    gradients = {name: torch.empty(getattr(inputs, name).shape, dtype=torch.float32) for name in parameters}
     if "residual" in wanted:
         gradients["residual"] = torch.empty(inputs.residual.shape, dtype=inputs.residual.dtype)
     grad_steered, grad_normalized = _unit_inner_stride(grad_steered), _unit_inner_stride(grad_normalized)
