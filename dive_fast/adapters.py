@@ -1,5 +1,6 @@
 """The adapters that `train` fits and `load` reads: our steering, and PEFT's own methods as baselines to it."""
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -30,7 +31,8 @@ def adapted(model_or_path, processor, steering: peft.PeftConfig | None) -> tuple
     """(the PEFT model to train, its processor): a model with adapters as it is, any other with a fresh one.
 
     Raises:
-        InputError: no processor, adapters and a configuration at once, an adapter that cannot be trained here.
+        InputError: no processor, adapters and a configuration at once, an adapter that cannot be trained here, a base
+            model that an earlier call has put adapters into.
     """
     model = model_or_path
     if isinstance(model, str | Path):
@@ -41,8 +43,15 @@ def adapted(model_or_path, processor, steering: peft.PeftConfig | None) -> tuple
     if isinstance(model, peft.PeftModel):
         if steering is not None:
             raise InputError("steering: the model already carries adapters; leave steering out, or pass the base model")
+        if len(model.active_adapters) != 1:
+            names = ", ".join(model.active_adapters) or "none"
+            raise InputError(
+                f"model: one adapter is trained at a time, active are {names}; choose with model.set_adapter(name)"
+            )
         _refuse_unfit(model.active_peft_config, "model")
         _refuse_adapted_head(model)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            model.set_adapter(model.active_adapters[0])  # `load` gives it for inference, without gradients
     else:
         model = with_adapter(model, steering or DiveConfig())
     return model, processor
@@ -52,11 +61,13 @@ def with_adapter(base: nn.Module, config: peft.PeftConfig) -> peft.PeftModel:
     """`base` with a fresh adapter to train.
 
     Raises:
-        InputError: PEFT refuses the configuration, or the loss could not be right with it.
+        InputError: PEFT refuses the configuration, or the loss could not be right with it; `base` holds adapters.
     """
     _refuse_unfit(config, "steering")
+    refuse_adapters(base, "model")
     try:
-        model = peft.get_peft_model(base, config)
+        # A copy: PEFT and the tuners note in it what it was used for, and the caller may use it again.
+        model = peft.get_peft_model(base, copy.deepcopy(config))
     except InputError:
         raise
     except (ValueError, TypeError, ImportError) as error:
@@ -69,6 +80,19 @@ def with_adapter(base: nn.Module, config: peft.PeftConfig) -> peft.PeftModel:
         model.unload()
         raise
     return model
+
+
+def refuse_adapters(base: nn.Module, argument: str) -> None:
+    """A second PEFT model around one base would run the first one's adapters as well, unseen.
+
+    Raises:
+        InputError: adapters lie in the layers of `base`.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise InputError(
+            f"{argument}: its layers hold adapters of an earlier PEFT model (by train, load or peft.get_peft_model), "
+            "which would act beside new ones; call unload() on that PEFT model first, or add to it with load_adapter"
+        )
 
 
 def _method(config: peft.PeftConfig) -> str:
@@ -129,8 +153,8 @@ def load(base_or_path, adapter_dir, *, dtype=None, device=None) -> peft.PeftMode
             and puts one loaded by name on the current GPU where there is one.
 
     Raises:
-        InputError: no adapter there, one that is cut short, one for another base model; no such device, or no room on
-            it.
+        InputError: no adapter there, one that is cut short, one for another base model; a model that holds adapters
+            already; no such device, or no room on it.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -150,6 +174,7 @@ def load(base_or_path, adapter_dir, *, dtype=None, device=None) -> peft.PeftMode
     processor = None
     if isinstance(base_or_path, str | Path):
         base_or_path, processor = load_backbone(str(base_or_path), dtype=dtype)
+    refuse_adapters(base_or_path, "base_or_path")
     if processor is not None or device is not None:
         base_or_path = on_device(base_or_path, placement(device))
     try:
@@ -216,8 +241,8 @@ def _warn_of_other_weights(model: peft.PeftModel, folder: Path, noted: dict) -> 
     if comparable and now["fingerprint"] != trained["fingerprint"]:
         name = model.active_peft_config.base_model_name_or_path
         logger.warning(
-            "adapter_dir: %s was trained on other weights%s than this model of the same shape has; what it does to "
-            "these is unknown",
+            "adapter_dir: %s was trained on another model of the same shape%s, whose weights or settings (rope's, say) "
+            "differ from this one's; what it does here is unknown",
             folder,
             f" ({name})" if name else "",
         )

@@ -113,6 +113,8 @@ def training_arguments(
 
 
 def _check_ranges(arguments: TrainingArguments) -> None:
+    if arguments.label_smoothing_factor:
+        raise InputError("label_smoothing_factor: this loss weighs tokens and has no smoothing; leave it at 0")
     if getattr(arguments, "selective_checkpointing", False) and arguments.gradient_checkpointing:
         raise InputError(
             "selective_checkpointing: not together with gradient_checkpointing, which keeps less and costs more"

@@ -83,12 +83,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_adapter(model, folder: Path) -> None:
-    """`model.save_pretrained(folder)`, file by file in place of older ones, never leaving half a file."""
+    """The active adapter of a PEFT model, whatever its name, file by file in place of older ones, never leaving half a
+    file."""
     staging = folder / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        model.save_pretrained(staging)
-        for path in staging.iterdir():
+        [name] = model.active_adapters
+        model.save_pretrained(staging, selected_adapters=[name])
+        # PEFT puts every adapter that is not called "default" into a folder of its name.
+        for path in (staging if name == "default" else staging / name).iterdir():
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

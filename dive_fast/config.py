@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from dive_fast.config_values import check_type, describe
-from dive_fast.config_yaml import dump, parse
+from dive_fast.config_yaml import MERGE, dump, parse
 from dive_fast.errors import InputError
 
 CLASS_SECTIONS = {
@@ -143,6 +143,8 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, int]]:
 def _collect_lines(node: yaml.Node, prefix: str, lines: dict[str, int], source: str) -> None:
     """Line of each key, dotted; one given twice is an error, where YAML would keep the last."""
     for key_node, value_node in node.value:
+        if key_node.tag == MERGE:
+            continue  # keys from elsewhere, which the mapping's own take the place of
         key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
         if key in lines:
             raise InputError(f"{source}:{line}: {key}: given twice, first on line {lines[key]}; keep one")

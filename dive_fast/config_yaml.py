@@ -1,5 +1,6 @@
 """YAML with the scalars of YAML 1.2, because YAML 1.1 reads 1e-3 as text and `eval_strategy: no` as false."""
 
+import copy
 import enum
 import re
 from typing import Any
@@ -23,6 +24,7 @@ class Dumper(yaml.SafeDumper):
 Dumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
 Dumper.add_multi_representer(set, lambda dumper, values: dumper.represent_list(sorted(values)))
 Dumper.add_multi_representer(tuple, lambda dumper, values: dumper.represent_list(values))
+MERGE = "tag:yaml.org,2002:merge"
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 _INT, _TIME = "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp"
 for _class in (Loader, Dumper):
@@ -52,7 +54,8 @@ def parse(text: str, source: str) -> tuple[Any, yaml.Node | None]:
     loader = Loader(text)
     try:
         node = loader.get_single_node()
-        return (None if node is None else loader.construct_document(node)), node
+        # A copy is constructed from, since that puts merged keys (<<) among the node's own.
+        return (None if node is None else loader.construct_document(copy.deepcopy(node))), node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -13,9 +13,10 @@ from dive_fast import ops
 from dive_fast.data.collator import IGNORED, ReportCollator
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.data.record import Record
-from dive_fast.models.hidden import HiddenStates, hidden_states
+from dive_fast.models.head import check_head, head_of
+from dive_fast.models.hidden import HiddenStates, hidden_states, unwrapped
+from dive_fast.models.modes import evaluating
 from dive_fast.models.prefix import continue_prefix
-from dive_fast.models.spec import lm_head_of, logit_softcap_of
 from dive_fast.prompt_store import PromptStore
 from dive_fast.steering import DiveModel
 from dive_fast.supervision.teacher import without_steering
@@ -53,18 +54,11 @@ def _inside_wrappers(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def batch_nll(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of the response tokens' negative log-likelihoods [B] float32, their number [B] int64), EOS included."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = lm_head_of(base)
+    head = head_of(unwrapped(model))
     states = batch_states(model, batch)
     targets, rows = (batch[name].to(states.final.device) for name in ("targets", "predictors"))
     losses = ops.linear_cross_entropy(
-        states.final,
-        head.weight,
-        targets,
-        rows=rows,
-        bias=head.bias,
-        softcap=logit_softcap_of(base),
-        reduction="none",
+        head.inputs(states.final), head.weight, targets, rows=rows, reduction="none", **head.options
     )
     return losses.sum(dim=1), (targets != IGNORED).sum(dim=1)
 
@@ -84,22 +78,22 @@ def report_nll(
         demonstrations: record -> demonstrations in the context (the teacher); None: the prompt alone.
         batch_size: records of similar length are run together.
         steered: False switches the model's adapters off.
+
+    Raises:
+        InputError: the model does something to its logits that is not known here.
     """
+    check_head(unwrapped(model))
     collate = ReportCollator(encoder, demonstrations=demonstrations)
     device = next(model.parameters()).device
     order = sorted(range(len(records)), key=lambda i: len(records[i].prompt) + len(records[i].report))
     sums, counts = [0.0] * len(records), [0] * len(records)
-    training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter() if not steered and hasattr(model, "disable_adapter") else nullcontext():
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                batch = collate([records[i] for i in rows])
-                batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                nll, tokens = batch_nll(model, batch)
-                for row, value, count in zip(rows, nll.tolist(), tokens.tolist(), strict=True):
-                    sums[row], counts[row] = value, count
-    finally:
-        model.train(training)
+    adapters = model.disable_adapter() if not steered and hasattr(model, "disable_adapter") else nullcontext()
+    with evaluating(model), adapters:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = collate([records[i] for i in rows])
+            batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            nll, tokens = batch_nll(model, batch)
+            for row, value, count in zip(rows, nll.tolist(), tokens.tolist(), strict=True):
+                sums[row], counts[row] = value, count
     return sums, counts

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dive_fast.data.images import StoredImage
+from dive_fast.data.images import image_key
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
 from dive_fast.run_settings import changes, read_settings
@@ -135,17 +135,9 @@ def records_fingerprint(records: Iterable[Record]) -> str:
     """A hash of everything in the records that a prediction or its row depends on."""
     digest = hashlib.sha256()
     for record in records:
-        images = [_image_key(image) for image in record.images]
+        images = [image_key(image) for image in record.images]
         digest.update(json.dumps([record.id, record.prompt, record.report, images]).encode())
     return digest.hexdigest()
-
-
-def _image_key(image) -> str:
-    if isinstance(image, str | os.PathLike):
-        return str(image)
-    if isinstance(image, StoredImage):
-        return image.key
-    return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
 
 
 def _write(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import peft
 from safetensors import SafetensorError
+from torch import nn
 from transformers import TrainerCallback, TrainerState, set_seed
 
 from dive_fast import checkpoints
@@ -21,18 +22,25 @@ from dive_fast.adapters import SETUP_FILE, adapted, adapter_settings, base_setti
 from dive_fast.arguments import DiveTrainingArguments, training_arguments
 from dive_fast.data import to_records
 from dive_fast.data.encoding import ReportEncoder
+from dive_fast.data.images import image_key
+from dive_fast.data.record import Record
 from dive_fast.devices import is_spread
 from dive_fast.errors import InputError
 from dive_fast.models.backbone import products_are_slow
+from dive_fast.models.head import check_head
 from dive_fast.models.processors import image_backend
 from dive_fast.models.spec import text_config_of
 from dive_fast.run_settings import changes, read_settings
 from dive_fast.sharding import any_process
 from dive_fast.supervision import Supervision, Teacher
+from dive_fast.supervision.settings import TAGGERS
 from dive_fast.supervision.teacher import TeacherRunner
 from dive_fast.trainer import DiveTrainer
 
 __all__ = ["DiveTrainingArguments", "TrainResult", "TrainingInterrupted", "load", "train"]
+
+RESULT_FILE = "dive_result.json"
+"""What training measured, beside the adapter."""
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +127,30 @@ def train(
     with arguments.main_process_first(desc="tagging"):
         supervision.read_ahead(record.report for record in (*records, *(eval_records or ())))
     model, processor = adapted(model_or_path, processor, steering)
+    try:
+        return _train(
+            model, processor, records, eval_records, output_dir, supervision, teacher, arguments, resume=resume
+        )
+    except BaseException:
+        given = isinstance(model_or_path, nn.Module) and not isinstance(model_or_path, peft.PeftModel)
+        if given and not arguments.fsdp:
+            model.unload()  # the caller's model as it was, for another attempt
+        raise
+
+
+def _train(
+    model: peft.PeftModel,
+    processor,
+    records: list[Record],
+    eval_records: list[Record] | None,
+    output_dir: Path,
+    supervision: Supervision,
+    teacher: Teacher | None,
+    arguments: DiveTrainingArguments,
+    *,
+    resume: bool,
+) -> TrainResult:
+    """`train` with everything read and the adapter in its place."""
     base = model.get_base_model()
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(
@@ -132,12 +164,15 @@ def train(
         )
     encoder = ReportEncoder(processor, context_length=text_config_of(base).max_position_embeddings)
     encoder.check_lengths([*records, *(eval_records or ())])
+    check_head(base)
     runner = None
     if teacher is not None:
+        pool = teacher.demonstration_pool(records)
+        pool.check(records)
         runner = TeacherRunner(
             model,
             encoder,
-            teacher.demonstration_pool(records),
+            pool,
             cache_dir=teacher.cache_dir,
             memory_bytes=teacher.memory_bytes,
             layers=supervision.align_weight > 0,
@@ -181,18 +216,22 @@ def _setup(model, processor, records, supervision: Supervision, teacher: Teacher
     """What two runs must share for one to continue the other."""
     digest = hashlib.sha256()
     for record in records:
-        digest.update(json.dumps([record.id, record.prompt, record.report, len(record.images)]).encode())
+        images = [image_key(image) for image in record.images]
+        digest.update(json.dumps([record.id, record.prompt, record.report, images]).encode())
     tagger = supervision.tagger
     named = {field.name: getattr(supervision, field.name) for field in dataclasses.fields(supervision)}
     named["tagger"] = tagger if isinstance(tagger, str) else getattr(tagger, "__qualname__", type(tagger).__name__)
-    # The weights, not where they lie here or what they run on.
-    named["tagger_options"] = supervision.tagger_fingerprint
+    if isinstance(tagger, str) and tagger not in TAGGERS:
+        named["tagger"] = "a lexicon's file"
+    # What the lexicon or the weights say, not where they lie here or what they run on.
+    del named["tagger_options"]
+    named["tagger_fingerprint"] = supervision.tagger_fingerprint
     kept = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "weight_decay")
     kept += ("warmup_steps", "gradient_accumulation_steps", "max_grad_norm", "optim", "bf16", "fp16")
-    images = image_backend(processor)
+    resized_by = image_backend(processor)
     return {
         "model": base_settings(model.get_base_model()),
-        **({} if images is None else {"images": images}),
+        **({} if resized_by is None else {"images": resized_by}),
         "steering": adapter_settings(model.active_peft_config),
         "supervision": named,
         "teacher": None
@@ -260,10 +299,11 @@ def _holds_run(output_dir: Path) -> bool:
 def _run(trainer: DiveTrainer, output_dir: Path, checkpoint: Path | None) -> TrainResult:
     finished = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if finished is not None and finished.global_step >= finished.max_steps:
-        # The run was cut off after its last step: the Trainer would take one step more.
-        trainer._load_from_checkpoint(str(checkpoint))
+        # The run has made its last step: the Trainer would take one step more.
+        best = finished.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        trainer._load_from_checkpoint(str(checkpoint if best is None else output_dir / Path(best).name))
         trainer.state = finished
-        metrics = {}
+        metrics = _metrics_of(output_dir)
     else:
         with _deferred_interrupt():
             outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -279,9 +319,17 @@ def _run(trainer: DiveTrainer, output_dir: Path, checkpoint: Path | None) -> Tra
         log = {"metrics": metrics, "history": trainer.state.log_history}
         with _writing(output_dir):
             checkpoints.save_adapter(model, output_dir)
-            checkpoints.write_json(output_dir / "dive_result.json", log)
+            checkpoints.write_json(output_dir / RESULT_FILE, log)
     trainer.accelerator.wait_for_everyone()
     return TrainResult(output_dir, metrics, list(trainer.state.log_history), model)
+
+
+def _metrics_of(output_dir: Path) -> dict:
+    """What a run that has ended has measured; empty for one that was cut off before it wrote that down."""
+    try:
+        return dict(json.loads((output_dir / RESULT_FILE).read_text(encoding="utf-8"))["metrics"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _as_loaded(trainer: DiveTrainer) -> peft.PeftModel:

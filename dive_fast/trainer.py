@@ -21,8 +21,10 @@ from dive_fast.data.record import Record
 from dive_fast.devices import sum_dtype
 from dive_fast.errors import InputError
 from dive_fast.likelihood import batch_nll, batch_states
+from dive_fast.models.head import head_of
+from dive_fast.models.prefix import can_run_prefixes
 from dive_fast.models.recomputation import checkpoint_selectively
-from dive_fast.models.spec import decoder_of, lm_head_of, logit_softcap_of
+from dive_fast.models.spec import decoder_of
 from dive_fast.prompt_store import PromptStore
 from dive_fast.supervision.settings import Supervision
 from dive_fast.supervision.teacher import TeacherRunner, TeacherTargets, disagreement_weights
@@ -60,7 +62,7 @@ class DiveTrainer(Trainer):
             args=args,
             train_dataset=train_records,
             eval_dataset=eval_records,
-            data_collator=ReportCollator(encoder, supervision.weigher(), split=_steers_responses_alone(model)),
+            data_collator=ReportCollator(encoder, supervision.weigher(), split=_runs_prompts_alone(model)),
             **options,
         )
         for name, value in compilation.items():
@@ -83,8 +85,7 @@ class DiveTrainer(Trainer):
         self.encoder = encoder
         self.supervision = supervision
         self.teacher = teacher
-        base = model.get_base_model()
-        self.head, self.softcap = lm_head_of(base), logit_softcap_of(base)
+        self.head = head_of(model.get_base_model())
         self.prompt_store = PromptStore(getattr(args, "prompt_cache_bytes", 0))
         self.step_timer = StepTimer()
         self.add_callback(self.step_timer)
@@ -129,13 +130,12 @@ class DiveTrainer(Trainer):
         weight_sum, tokens = totals.to(weights.device, torch.float32)
         distill = taught is not None and settings.kl_weight > 0
         loss = ops.linear_cross_entropy(
-            states.final,
+            self.head.inputs(states.final),
             self.head.weight,
             targets,
             weights,
             rows=rows,
-            bias=self.head.bias,
-            softcap=self.softcap,
+            **self.head.options,
             teacher=self._distributions(taught) if distill else None,
             kl_weight=settings.kl_weight if distill else 0.0,
             denominator=(weight_sum, tokens) if distill else weight_sum,
@@ -256,6 +256,7 @@ class StepTimer(TrainerCallback):
         self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - self._begin
 
 
-def _steers_responses_alone(model) -> bool:
+def _runs_prompts_alone(model) -> bool:
     """Whether prompts belong to the frozen model, so that they need no gradient; PEFT's own methods adapt them too."""
-    return all(getattr(model.peft_config[name], "scope", None) == "response" for name in model.active_adapters)
+    scopes = {getattr(model.peft_config[name], "scope", None) for name in model.active_adapters}
+    return scopes == {"response"} and can_run_prefixes(model)

@@ -158,3 +158,9 @@ def test_fingerprint_follows_settings_and_content(tmp_path):
     before = DemonstrationPool(on_disk, 1).fingerprint
     pool[1].images[0].resize((32, 32)).save(path)
     assert DemonstrationPool(on_disk, 1).fingerprint != before
+
+
+@pytest.mark.parametrize("blank", ["", "  ", None, float("nan")], ids=repr)
+def test_records_without_a_patient_are_not_one_patient(blank):
+    records = [Record(f"r{i}", f"p {i}", f"report {i}.", meta={"patient_id": blank}) for i in range(4)]
+    assert len(choose_demonstrations(records[0], records, 3)) == 3

@@ -237,6 +237,29 @@ def test_adapters_with_prompt_scope_may_be_replaced():
     assert isinstance(model, peft.PeftModel)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimisers_step_between_two_calls_is_seen(fused):
+    """A fused one changes parameters behind torch's count of writes."""
+    model, cache = steered(kind="lowrank", scope="all"), dive_fast.PrefixCache(PLENTY)
+    batch = batch_with(SHARED, LENGTHS)
+    logits_of(model, batch, cache)
+    parameters = [p for name, p in model.named_parameters() if "dive_" in name]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(parameters, lr=0.1, fused=fused).step()
+    plain, _ = logits_of(model, batch, None)
+    found, _ = logits_of(model, batch, cache)
+    close(found, plain, 1e-5)
+
+
+def test_models_made_in_inference_mode_have_prefixes_too():
+    with torch.inference_mode():
+        model = steered(kind="reft", scope="all")
+    check(model, batch_with(SHARED, LENGTHS), dive_fast.PrefixCache(PLENTY), 3 * WHOLE)
+    found = dive_fast.generate(model, batch_with(SHARED, LENGTHS), max_new_tokens=3, weights="int8")
+    assert found.stats["engine"] == "native"
+
+
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "big"])
 def test_nonsense_is_refused(value):
     with pytest.raises(InputError, match="max_bytes: expected a whole number >= 1"):

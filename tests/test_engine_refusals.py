@@ -101,3 +101,63 @@ def test_a_prompt_of_one_token_and_one_outside_the_vocabulary():
         assert ours == model.generate(torch.tensor([[7]]), max_new_tokens=5, do_sample=False)[:, 1:].tolist()
     with pytest.raises(InputError, match="input_ids holds 64"):
         decode(model, {"input_ids": torch.tensor([[7, 64]])}, 5)
+
+
+def sharpened(model):
+    from transformers import LlamaForCausalLM
+
+    class Sharpened(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * torch.linspace(-1, 1, output.logits.shape[-1])
+            return output
+
+    return Sharpened(model.config).eval()
+
+
+def wrapped(model):
+    plain = model.forward
+    model.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("change, reason", [(sharpened, "Sharpened has a forward of its own"), (wrapped, "replaced")])
+def test_code_around_the_decoder_is_not_passed_by(change, reason):
+    model, batch = change(tiny_model("llama")), text_batch()
+    with pytest.raises(InputError, match=reason):
+        dive_fast.generate(model, batch, max_new_tokens=3, engine="native")
+    found = dive_fast.generate(model, batch, max_new_tokens=3)
+    assert found.stats["engine"] == "transformers" and reason in found.stats["not_native"]
+
+
+RULES = {
+    "suppress_tokens": [5],
+    "bad_words_ids": [[5]],
+    "no_repeat_ngram_size": 2,
+    "forced_eos_token_id": 2,
+    "min_length": 14,
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_of_the_models_generation_config_are_followed_or_refused(name):
+    model, batch = tiny_model("llama"), text_batch()
+    setattr(model.generation_config, name, RULES[name])
+    expected = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    found = dive_fast.generate(model, batch, max_new_tokens=6)
+    rows = [row[: len(own)].tolist() for row, own in zip(expected, found.sequences, strict=True)]
+    assert [own.tolist() for own in found.sequences] == rows
+    assert f"generation_config has {name}=" in found.stats["not_native"]
+    with pytest.raises(InputError, match=name):
+        dive_fast.generate(model, batch, max_new_tokens=6, engine="native")
+
+
+def test_models_without_a_list_of_decoder_layers_generate_by_transformers():
+    from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=2))
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4))
+    for model in (gpt.eval(), mamba.eval()):
+        found = dive_fast.generate(model, text_batch(), max_new_tokens=3)
+        assert found.stats["engine"] == "transformers" and found.stats["not_native"]
+        assert [len(row) for row in found.sequences] == [3, 3, 3]

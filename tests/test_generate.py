@@ -206,3 +206,44 @@ def test_prompts_without_a_processor_are_refused():
 def test_adapter_names_need_a_model_with_adapters():
     with pytest.raises(InputError, match="adapter_names: the model carries no adapters"):
         dive_fast.generate(tiny_llama(), PROMPTS, processor=tiny_tokenizer(), adapter_names=["__base__"] * 3)
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_padding_without_a_mask_is_no_text(engine):
+    model, tokenizer = steered(), tiny_tokenizer()
+    batch = tokenizer(PROMPTS, padding=True, padding_side="left", return_tensors="pt")
+    options = {"processor": tokenizer, "max_new_tokens": 6, "engine": engine}
+    expected = dive_fast.generate(model, dict(batch), **options).texts
+    assert dive_fast.generate(model, {"input_ids": batch["input_ids"]}, **options).texts == expected
+    as_float = dict(batch) | {"attention_mask": batch["attention_mask"].float()}
+    assert dive_fast.generate(model, as_float, **options).texts == expected
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_another_is_run(monkeypatch):
+    from dive_fast.decode.prefill import Prefill
+
+    ran = []
+    monkeypatch.setattr(Prefill, "run", lambda *args: ran.append(args))
+    limit = tiny_llama().config.max_position_embeddings
+    records = [Record(f"case {i}", prompt, "") for i, prompt in enumerate([*PROMPTS, "cough " * (limit - 15)])]
+    with pytest.raises(InputError, match=r"max_new_tokens: a prompt of \d+ tokens \(case 3\) leaves \d of the model's"):
+        dive_fast.generate(tiny_llama(), records, processor=tiny_tokenizer(), max_new_tokens=4)
+    assert not ran
+
+
+def test_every_module_is_given_back_in_its_mode():
+    model = tiny_llama().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    dive_fast.generate(model, PROMPTS, processor=tiny_tokenizer(), max_new_tokens=2)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_the_engines_seed_is_its_own():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    dive_fast.generate(
+        tiny_llama(), PROMPTS, processor=tiny_tokenizer(), max_new_tokens=2, temperature=1.0, seed=1, engine="native"
+    )
+    assert torch.equal(torch.rand(1), expected)

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from dive_fast import DiveConfig
+from dive_fast.models.head import head_of
 from dive_fast.models.hidden import hidden_states
-from dive_fast.models.spec import decoder_of, lm_head_of, logit_softcap_of, spec_of, text_config_of
+from dive_fast.models.spec import decoder_of, spec_of, text_config_of
 from tests.tiny_models import FAMILIES, randomize_adapters, text_batch, tiny_model
 
 
@@ -17,11 +18,12 @@ def test_final_states_times_the_head_are_the_logits(family):
     states = hidden_states(model, batch, layers=True)
     logits = model(**batch).logits
     real = batch["attention_mask"].bool()
-    torch.testing.assert_close(states.final[real] @ lm_head_of(base).weight.T, logits[real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(states.final[real] @ head_of(base).weight.T, logits[real], atol=1e-5, rtol=1e-5)
     assert len(states.layers) == len(decoder_of(base).layers) == text_config_of(base).num_hidden_layers
     norm = decoder_of(base).norm
     torch.testing.assert_close(norm(states.layers[-1])[real], states.final[real], atol=1e-5, rtol=1e-5)
-    assert spec_of(base) is not None and logit_softcap_of(base) is None
+    head = head_of(base)
+    assert spec_of(base) is not None and (head.softcap, head.scale) == (None, 1.0)
 
 
 def test_the_models_own_head_is_kept_idle():

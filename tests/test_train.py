@@ -39,15 +39,15 @@ def test_load_warns_of_other_weights(tmp_path, caplog):
     for base in (tiny_llama(), tiny_llama().bfloat16(), tiny_llama().double(), tiny_llama().half()):
         dive_fast.load(base, folder)
     assert not caplog.records
-    dive_fast.load(other, folder)
-    assert "was trained on other weights than this model of the same shape has" in caplog.text
+    dive_fast.load(other, folder).unload()
+    assert "was trained on another model of the same shape, whose weights or settings" in caplog.text
     caplog.clear()
-    dive_fast.load(other.half(), folder)  # rounded otherwise than the weights that were compared
+    dive_fast.load(other.half(), folder).unload()  # rounded otherwise than the weights that were compared
     for content in ("{", "[]", '{"model": 1}', '{"model": {"dtype": "torch.float32"}}'):
         (folder / "dive_setup.json").write_text(content)
-        dive_fast.load(other, folder)
+        dive_fast.load(other, folder).unload()
     (folder / "dive_setup.json").unlink()
-    dive_fast.load(other, folder)
+    dive_fast.load(other, folder).unload()
     assert not caplog.records
 
 

@@ -9,11 +9,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
-from dive_fast.data.images import StoredImage
+from dive_fast.data.images import image_key
 from dive_fast.data.prompt import collapse
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
@@ -60,13 +59,21 @@ class DemonstrationPool:
         elif how == "fixed":
             self._order = random.Random(f"fixed:{seed}").sample(range(len(self.pool)), len(self.pool))
 
+    def check(self, records: Sequence[Record]) -> None:
+        """Raises the InputError of `for_record` for the first of `records` that has too few demonstrations left."""
+        reports, patients = Counter(self._reports), Counter(record.patient for record in self.pool)
+        for record in records:
+            patient = 0 if record.patient is None else patients[record.patient]
+            if len(self.pool) - 1 - reports[_report_key(record)] - patient < self.shots:  # counting some twice
+                self.for_record(record)
+
     def for_record(self, record: Record) -> tuple[Record, ...]:
         """The demonstrations for `record`, in the order they stand in the context."""
-        report, patient = _report_key(record), record.meta.get("patient_id")
+        report, patient = _report_key(record), record.patient
 
         def allowed(index: int) -> bool:
             other = self.pool[index]
-            same_patient = patient is not None and other.meta.get("patient_id") == patient
+            same_patient = patient is not None and other.patient == patient
             return other.id != record.id and self._reports[index] != report and not same_patient
 
         if self.how == "fixed":
@@ -97,13 +104,12 @@ class DemonstrationPool:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of settings and pool content, for cache keys; files count by path, size and change time."""
+        """sha256 (hex) of settings and pool content, for the settings of a run; images count as `image_key` says."""
         digest = hashlib.sha256()
-        digest.update(json.dumps(["demonstrations-1", self.shots, self.how, self.seed]).encode())
+        digest.update(json.dumps(["demonstrations-2", self.shots, self.how, self.seed]).encode())
         for record in self.pool:
-            images = [_image_key(image) for image in record.images]
-            patient = record.meta.get("patient_id")
-            digest.update(json.dumps([record.id, record.prompt, record.report, images, repr(patient)]).encode())
+            images = [image_key(image) for image in record.images]
+            digest.update(json.dumps([record.id, record.prompt, record.report, images, record.patient]).encode())
         return digest.hexdigest()
 
 
@@ -116,15 +122,6 @@ def choose_demonstrations(
 
 def _report_key(record: Record) -> str:
     return collapse(record.report).lower()
-
-
-def _image_key(image) -> list:
-    if isinstance(image, (str, Path)):
-        stat = Path(image).stat()
-        return [str(image), stat.st_size, stat.st_mtime_ns]
-    if isinstance(image, StoredImage):
-        return [image.key]
-    return [image.mode, *image.size, hashlib.sha256(image.tobytes()).hexdigest()]
 
 
 class _TfidfIndex:

@@ -65,10 +65,10 @@ def split_by_patient(
         raise InputError(f"fraction: expected a number between 0 and 1, got {fraction}")
     counts: dict[str, int] = {}
     for record in records:
-        patient = record.meta.get("patient_id")
-        if patient is None or patient == "":
+        patient = record.patient
+        if patient is None:
             raise InputError(f"records: {record.id!r} has no meta['patient_id'], which a split by patient needs")
-        counts[str(patient)] = counts.get(str(patient), 0) + 1
+        counts[patient] = counts.get(patient, 0) + 1
     if len(counts) < 2:
         raise InputError(f"records: splitting by patient needs two patients or more, got {len(counts)}")
     order = sorted(counts, key=lambda patient: hashlib.sha256(f"{seed}:{patient}".encode()).digest())
@@ -79,8 +79,8 @@ def split_by_patient(
         if abs(size + counts[patient] - fraction * len(records)) < abs(size - fraction * len(records)):
             held_out.add(patient)
             size += counts[patient]
-    kept = [record for record in records if str(record.meta["patient_id"]) not in held_out]
-    return kept, [record for record in records if str(record.meta["patient_id"]) in held_out]
+    kept = [record for record in records if record.patient not in held_out]
+    return kept, [record for record in records if record.patient in held_out]
 
 
 def generated_films(n: int, seed: int = 0, size: int = 64) -> list[Record]:

@@ -1,5 +1,6 @@
 """Where images are opened and decoded: one place, one kind of error."""
 
+import hashlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,19 @@ class StoredImage:
 
     def __repr__(self):
         return f"StoredImage({self.key!r})"
+
+
+def image_key(image) -> list:
+    """What tells an image of a record from another, wherever it lies, for fingerprints: JSON values.
+
+    A file counts by its name and size: data that were copied to another folder are the same data.
+    """
+    if isinstance(image, str | Path):
+        path = Path(image)
+        return [path.name, path.stat().st_size if path.is_file() else None]
+    if isinstance(image, StoredImage):
+        return [image.key]
+    return [image.mode, *image.size, hashlib.sha256(image.tobytes()).hexdigest()]
 
 
 def load_image(image, *, record_id: str):

@@ -21,3 +21,10 @@ class Record:
     report: str
     images: tuple = ()
     meta: Mapping = field(default_factory=dict)
+
+    @property
+    def patient(self) -> str | None:
+        """meta["patient_id"] as a text; None where there is none, or a table's cell was left blank."""
+        value = self.meta.get("patient_id")
+        text = "" if value is None or value != value else str(value).strip()
+        return text or None

@@ -21,6 +21,7 @@ from dive_fast.decode.plan import Unsupported
 from dive_fast.decode.prefix_cache import PrefixCache
 from dive_fast.errors import InputError
 from dive_fast.models.hidden import unwrapped
+from dive_fast.models.modes import evaluating
 from dive_fast.models.spec import decoder_of, text_config_of
 
 ENGINES = ("native", "transformers")
@@ -128,24 +129,21 @@ def generate(
         num_beams, length_penalty, early_stopping, stop, log_probs, weights,
     )  # fmt: skip
     processor = getattr(model, "processor", None) if processor is None else processor
-    context = text_config_of(unwrapped(model)).max_position_embeddings
+    context = getattr(text_config_of(unwrapped(model)), "max_position_embeddings", None)
     encoder = None if processor is None else ReportEncoder(processor, context_length=context)
-    batches, order = batches_of(inputs, encoder, batch_size, demonstrations)
+    pad = _pad_id(model, encoder)
+    batches, order = batches_of(inputs, encoder, batch_size, demonstrations, pad, options.max_new_tokens)
     _check_rows(model, len(order), options, encoder, adapter_names, streamer, seed, cancel, prefix_cache)
     call = _Call(model, encoder, options, context, adapter_names, streamer, cancel, prefix_cache, order)
-    was_training = model.training
-    model.eval()
     start = time.perf_counter()
-    try:
+    with evaluating(model):
         decoder, stats = _native_decoder(engine, call, inputs)
-        seed = call.drawn_seed(seed)
         if decoder is None:
             found = _by_transformers(call, batches, seed)
         else:
+            seed = call.drawn_seed(seed)
             found = _by_engine(call, decoder, batches, seed, len(order) if isinstance(inputs, Mapping) else batch_size)
             stats |= decoder.stats
-    finally:
-        model.train(was_training)
     return _output(call, found, stats, time.perf_counter() - start)
 
 
@@ -156,7 +154,7 @@ class _Call:
     model: nn.Module
     encoder: ReportEncoder | None
     options: Options
-    context: int
+    context: int | None
     adapter_names: Sequence[str] | None
     streamer: object
     cancel: object
@@ -174,13 +172,9 @@ class _Call:
 
     def drawn_seed(self, seed: int | Sequence[int] | None) -> int | Sequence[int]:
         """Without a seed the draws follow torch's generator, as everything random in a torch program does."""
-        if isinstance(seed, list | tuple):
-            return seed
-        if seed is not None:
-            torch.manual_seed(seed)
-        elif self.options.temperature > 0:
-            seed = int(torch.randint(2**63 - 1, ()))
-        return seed or 0
+        if seed is None and self.options.temperature > 0:
+            return int(torch.randint(2**63 - 1, ()))
+        return 0 if seed is None else seed
 
     def batches(self, batches):
         """(batch, its rows' positions among the inputs, their adapter names), each checked for room."""
@@ -200,10 +194,11 @@ def _native_decoder(engine: str | None, call: _Call, inputs) -> tuple[NativeDeco
         if weights is not None:
             raise InputError(f"weights: {weights!r} needs the native engine, and engine is 'transformers'")
         return None, {"engine": "transformers"}
-    device = next(decoder_of(unwrapped(call.model)).parameters()).device
-    if engine is None and weights is None and device.type == "cuda":
-        return None, {"engine": "transformers", "not_native": f"on a GPU ({device}) it runs where engine='native' asks"}
     try:
+        device = next(_decoder_of(unwrapped(call.model)).parameters()).device
+        if engine is None and weights is None and device.type == "cuda":
+            raise Unsupported(f"on a GPU ({device}) it runs where engine='native' asks")
+        _refuse_rules(call)
         decoder = NativeDecoder(call.model, call.adapter_names, weights)
         if isinstance(inputs, Mapping):
             decoder.check(inputs)
@@ -217,6 +212,46 @@ def _native_decoder(engine: str | None, call: _Call, inputs) -> tuple[NativeDeco
         if engine == "native":
             raise InputError(f"engine: 'native' cannot run this: {reason}. engine=None runs it anyway") from None
         return None, {"engine": "transformers", "not_native": str(reason)}
+
+
+def _decoder_of(base: nn.Module) -> nn.Module:
+    try:
+        return decoder_of(base)
+    except InputError as error:
+        raise Unsupported(f"{type(base).__name__} has no decoder with a list of layers") from error
+
+
+# What a model's own generation configuration may ask of its tokens beside the arguments of `generate`, with the values
+# that ask for nothing.
+_RULES = dict.fromkeys(
+    ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "constraints", "sequence_bias"),
+    (None, [], {}),
+) | {
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "diversity_penalty": (None, 0.0),
+    "min_length": (None, 0),
+    "guidance_scale": (None, 1.0),
+    "watermarking_config": (None,),
+    "penalty_alpha": (None, 0.0),
+    "dola_layers": (None,),
+    "renormalize_logits": (None, False),
+}
+_RULES_OF_SAMPLING = {"typical_p": (None, 1.0), "epsilon_cutoff": (None, 0.0), "eta_cutoff": (None, 0.0)}
+
+
+def _refuse_rules(call: _Call) -> None:
+    """transformers follows the rules of the model's own generation configuration; this engine has none of them."""
+    config = getattr(unwrapped(call.model), "generation_config", None)
+    rules = _RULES | (_RULES_OF_SAMPLING if call.options.temperature > 0 else {})
+    for name, neutral in rules.items():
+        value = getattr(config, name, None)
+        if value not in neutral:
+            raise Unsupported(f"the model's generation_config has {name}={value!r}")
 
 
 def _by_engine(call: _Call, decoder: NativeDecoder, batches, seed, max_rows: int) -> dict[int, Row]:
@@ -258,6 +293,8 @@ def _by_engine(call: _Call, decoder: NativeDecoder, batches, seed, max_rows: int
 def _by_transformers(call: _Call, batches, seed) -> dict[int, Row]:
     samples = call.options.num_return_sequences
     pad = call.encoder.pad_token_id if call.encoder is not None else min(call.eos, default=0)
+    if call.options.temperature > 0 and isinstance(seed, int):
+        torch.manual_seed(seed)
     found: dict[int, Row] = {}
     for batch, rows, names in call.batches(batches):
         if call.cancel is not None and call.cancel.is_set():
@@ -340,6 +377,15 @@ def _check_rows(
     for one in seeds:
         if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < 2**63:
             raise InputError(f"seed: expected a whole number from 0 to 2**63 - 1, got {one!r}")
+
+
+def _pad_id(model, encoder: ReportEncoder | None) -> int | None:
+    """What left-padded input_ids without an attention_mask are padded with; None where that cannot be told."""
+    if encoder is not None:
+        pad = encoder.tokenizer.pad_token_id
+    else:
+        pad = getattr(getattr(unwrapped(model), "generation_config", None), "pad_token_id", None)
+    return None if pad in _eos_ids(model, encoder) else pad
 
 
 def _eos_ids(model, encoder: ReportEncoder | None) -> set[int]:

@@ -20,7 +20,9 @@ def transformers_options(options: Options) -> dict:
         "do_sample": drawn,
         "num_beams": options.num_beams,
         "num_return_sequences": options.num_return_sequences,
-        # The model's own generation config must not add what was not asked for.
+        # The model's own generation config must not draw, penalise or stop otherwise than asked; its rules about single
+        # tokens (suppress_tokens, bad_words_ids) stay.
+        "stop_strings": None,
         "temperature": options.temperature if drawn else None,
         "top_k": options.top_k if drawn else None,
         "top_p": options.top_p if drawn else None,

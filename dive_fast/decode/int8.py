@@ -6,6 +6,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dive_fast import native
+from dive_fast.models.writes import write_count
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/cpu/dtype.h
 _LINE = 64  # bytes
@@ -74,4 +75,4 @@ def _state(weight: torch.Tensor) -> tuple:
     total = cpu.decode.read_memory(
         weight.data_ptr(), words * weight.element_size(), cpu.kernel_levels()[-1], torch.get_num_threads()
     )
-    return weight.data_ptr(), weight._version, total, weight[-1, -_LINE // weight.element_size() :].tolist()
+    return weight.data_ptr(), write_count(weight), total, weight[-1, -_LINE // weight.element_size() :].tolist()

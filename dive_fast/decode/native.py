@@ -207,7 +207,8 @@ class NativeDecoder:
         if self.plan.device.type == "cuda":
             self.stats["loop"] = session.loop_form
         if prefixes is not None:
-            self.stats["prompt_tokens_reused"] = self.prefill.reused
+            # A cache that cannot keep what rows share makes them run it once more.
+            self.stats["prompt_tokens_reused"] = max(0, self.prefill.reused)
         return {number: Row(*session.take(index)) for index, number in enumerate(numbers)}
 
     def stop_strings(self, tokenizer, stop: Sequence[str]):

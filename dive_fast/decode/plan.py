@@ -109,6 +109,7 @@ def build_plan(model: nn.Module, adapters: tuple[str, ...] = (), int8: bool = Fa
     if family is None:
         raise Unsupported(f"the family {text.model_type!r} is unknown to it; it knows {', '.join(FAMILIES)}")
     decoder = decoder_of(base)
+    _refuse_own_forward(base, decoder)
     _expect_class(decoder, family.prefix + family.decoder)
     device = next(decoder.parameters()).device
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and torch.version.hip):
@@ -370,6 +371,18 @@ def _expect_class(module: nn.Module, *names: str) -> None:
         raise Unsupported(f"the forward of a {cls.__name__} was replaced")
     if cls.__name__ not in names or not own:
         raise Unsupported(f"the model has a {cls.__module__}.{cls.__name__} where it expects {' or '.join(names)}")
+
+
+def _refuse_own_forward(base: nn.Module, decoder: nn.Module) -> None:
+    """Around the decoder stands any of transformers' models, but no other code between it and the logits."""
+    for module in base.modules():
+        if module is decoder or not any(inner is decoder for inner in module.modules()):
+            continue
+        cls = type(module)
+        if "forward" in vars(module):
+            raise Unsupported(f"the forward of a {cls.__name__} was replaced")
+        if not cls.forward.__module__.startswith(("transformers.", "dive_fast.models.")):
+            raise Unsupported(f"{cls.__module__}.{cls.__name__} has a forward of its own, which it would pass by")
 
 
 def _refuse_hooks(base: nn.Module, dive: DiveModel | None) -> None:

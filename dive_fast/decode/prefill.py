@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dive_fast.decode.prefix_cache import BLOCK, Block, PrefixCache, chain, identity, version_of
+from dive_fast.decode.prefix_cache import BLOCK, Block, PrefixCache, chain, digest_of, identity, version_of
 from dive_fast.models.hidden import unwrapped
 from dive_fast.models.prefix import Prefix, extend_prefix, run_prefix
 from dive_fast.steering import DiveModel
@@ -164,7 +164,7 @@ class Prefill:
     def _adapter(self, name: str) -> tuple:
         parameters = [p for n, p in self.dive.named_parameters() if "dive_" in n and name in n.split(".")]
         config = self.dive.peft_config[name].to_dict()
-        return name, json.dumps(config, sort_keys=True, default=str), version_of(parameters)
+        return name, json.dumps(config, sort_keys=True, default=str), version_of(parameters), digest_of(parameters)
 
     def _run_shared(self, rows: list[_Row], cache: PrefixCache) -> None:
         """Run what several rows begin with, and no earlier call has run, once."""

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dive_fast.errors import InputError
+from dive_fast.models.writes import write_count
 
 BLOCK = 16
 """Tokens that are reused together: prompts that share fewer share nothing."""
@@ -32,8 +33,23 @@ def identity(thing) -> int:
 
 
 def version_of(parameters: Sequence[nn.Parameter]) -> list[tuple]:
-    """Differs after anything that torch records as a change: an optimiser's step, load_state_dict, a conversion."""
-    return [(identity(p), p._version, p.data_ptr(), str(p.dtype)) for p in parameters]
+    """Differs after anything that torch records as a change: load_state_dict, a conversion, an optimiser's step unless
+    the optimiser is fused."""
+    return [(identity(p), write_count(p), p.data_ptr(), str(p.dtype)) for p in parameters]
+
+
+@torch.no_grad()
+def digest_of(parameters: Sequence[nn.Parameter]) -> list[int]:
+    """A number per parameter that differs after any change of its values; reads all of them."""
+    digests = []
+    for parameter in parameters:
+        words = parameter.detach().reshape(-1).view(torch.uint8)
+        if words.numel() % 4 == 0:
+            words = words.view(torch.int32)
+        words = words.long()
+        # Odd factors, so that no change of one word is lost, and different ones, so that words cannot be exchanged.
+        digests.append((words * (2 * torch.arange(len(words), device=words.device) + 1)).sum())
+    return torch.stack([digest.cpu() for digest in digests]).tolist() if digests else []
 
 
 def chain(root: bytes, *tokens: Sequence[int]) -> list[bytes]:
@@ -65,8 +81,8 @@ class PrefixCache:
     """Prompt prefixes for `dive_fast.generate(prefix_cache=...)`, across its rows and calls.
 
     A prefix is found again for the same model with the same weights and, unless its adapters' scope is "response", for
-    the same adapters with the same weights. After a change that torch does not record (writing to `parameter.data`)
-    call `clear()`. Threads may share a cache.
+    the same adapters with the same weights. After a change of the model's own weights that torch does not record
+    (writing to `parameter.data`, a fused optimiser's step) call `clear()`. Threads may share a cache.
 
     Args:
         max_bytes: of keys and values; the longest unused leave first.

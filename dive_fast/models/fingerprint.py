@@ -1,17 +1,45 @@
 """Which frozen weights a model has, in one short string."""
 
 import hashlib
+import json
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from dive_fast.models.spec import text_config_of
+
+# Numbers that a forward pass depends on and no weight holds.
+_SETTINGS = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "partial_rotary_factor",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "norm_eps",
+    "hidden_act",
+    "hidden_activation",
+    "sliding_window",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+)
 
 SAMPLED_VALUES = 256
 """Values per weight tensor in a model's fingerprint: hashing 14 GB for every run would cost more than it saves."""
 
 
 def model_fingerprint(model: nn.Module, *, any_dtype: bool = False) -> str:
-    """sha256 over names, shapes, dtypes and evenly spaced values of the frozen parameters and buffers.
+    """sha256 over names, shapes, dtypes and evenly spaced values of the frozen parameters and buffers, and over the
+    settings of the decoder's forward pass that are no weights, such as rope's.
 
     Adapters inside the model are no part of it, so that it is the same with any of them and with none.
 
@@ -20,6 +48,7 @@ def model_fingerprint(model: nn.Module, *, any_dtype: bool = False) -> str:
             fingerprint. float16 has its own, since it rounds otherwise.
     """
     digest = hashlib.sha256()
+    digest.update(json.dumps(_settings(model), sort_keys=True, default=str).encode())
     for name, tensor in sorted(_frozen_tensors(model).items()):
         flat = tensor.detach().reshape(-1)
         count = min(flat.numel(), SAMPLED_VALUES)
@@ -31,6 +60,13 @@ def model_fingerprint(model: nn.Module, *, any_dtype: bool = False) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {dtype}".encode())
         digest.update(values.cpu().double().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _settings(model: nn.Module) -> dict:
+    if not hasattr(model, "config"):
+        return {}
+    config = text_config_of(model).to_dict()
+    return {name: config[name] for name in _SETTINGS if config.get(name) is not None}
 
 
 def _frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -17,6 +17,10 @@ from transformers.cache_utils import DynamicLayer
 
 from dive_fast.models.cache_argument import cache_argument
 from dive_fast.models.hidden import NO_POSITIONS, HiddenStates, hidden_states, unwrapped
+from dive_fast.models.spec import text_config_of
+
+# Layers whose cache is a key and a value for every position.
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,13 @@ class _ReadOnlyLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         keys, values = self.keys.to(key_states.device), self.values.to(value_states.device)
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+def can_run_prefixes(model: nn.Module) -> bool:
+    """Whether keys and values are all that a prompt leaves behind; hybrids and Mamba keep states of other kinds."""
+    plain = unwrapped(model)
+    kinds = getattr(text_config_of(plain), "layer_types", None) or ()
+    return not getattr(plain, "_is_stateful", False) and _ATTENTION.issuperset(kinds)
 
 
 @torch.no_grad()

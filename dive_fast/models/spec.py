@@ -74,16 +74,3 @@ def text_config_of(model: PreTrainedModel):
 def spec_of(model: PreTrainedModel) -> DecoderSpec | None:
     """The family's `DecoderSpec`, or None where the family is not in the table."""
     return DECODER_SPECS.get(text_config_of(model).model_type)
-
-
-def lm_head_of(model: PreTrainedModel) -> nn.Linear:
-    """The frozen head W [V, D] that turns hidden states into logits."""
-    head = model.get_output_embeddings()
-    if not hasattr(head, "weight"):
-        raise InputError(f"model: {type(model).__name__} has no output embedding matrix (lm_head)")
-    return head
-
-
-def logit_softcap_of(model: PreTrainedModel) -> float | None:
-    """The cap c of `c * tanh(logits / c)` where a family applies one to its logits (Gemma 2), else None."""
-    return getattr(text_config_of(model), "final_logit_softcapping", None)

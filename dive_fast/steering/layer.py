@@ -13,6 +13,7 @@ from torch import nn
 
 from dive_fast import ops
 from dive_fast.models.spec import DecoderSpec
+from dive_fast.models.writes import write_count
 from dive_fast.steering.config import DiveConfig
 from dive_fast.steering.forward import steer_inside, steer_no_more
 from dive_fast.steering.heads import demonstration_share, install_heads_hook
@@ -203,8 +204,10 @@ class DiveLayer(nn.Module, BaseTunerLayer):
         """R [R, D] with orthonormal rows, from its free parameter; kept between calls while nothing trains it."""
         basis = self.dive_basis[name]
         if torch.is_grad_enabled() and basis.requires_grad:
+            # A step may follow, and fused optimisers change parameters without a new version.
+            self._basis_cache.pop(name, None)
             return _orthonormal_rows(basis)
-        version = basis._version
+        version = write_count(basis)
         kept = self._basis_cache.get(name)
         if kept is None or kept[0] != version or kept[1].device != basis.device:
             with torch.no_grad():

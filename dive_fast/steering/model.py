@@ -1,5 +1,6 @@
 """The PEFT tuner: puts a `DiveLayer` into every steered decoder layer and tells it which positions to steer."""
 
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +25,27 @@ from dive_fast.steering.positions import (
 STEERING_NAME = "steering"
 
 
+class _Calls(threading.local):
+    """What the calls under way in a thread have said; threads that share a model do not see each other's."""
+
+    given_positions: torch.Tensor | None = None
+    generation: Generation | None = None
+    adapter_names: list[str] | None = None
+    steers: bool = True
+
+    def __reduce__(self):  # a copied model has no calls under way
+        return type(self), ()
+
+    @contextmanager
+    def say(self, name: str, value):
+        before = getattr(self, name)
+        setattr(self, name, value)
+        try:
+            yield
+        finally:
+            setattr(self, name, before)
+
+
 class DiveModel(BaseTuner):
     """Steers a frozen decoder; made by `peft.get_peft_model(base, DiveConfig(...))`.
 
@@ -38,12 +60,12 @@ class DiveModel(BaseTuner):
     tuner_layer_cls = DiveLayer
     target_module_mapping: dict = {}
 
-    # Set for the length of one call; class attributes, because BaseTuner injects before __init__ is done.
-    _given_positions: torch.Tensor | None = None
-    _generation: Generation | None = None
-    _adapter_names: list[str] | None = None
-    _steers: bool = True
+    # A class attribute, because BaseTuner injects before __init__ is done.
     _decoder_handles: tuple = ()
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._calls = _Calls()
 
     # -- injection -------------------------------------------------------------------------------------------------
 
@@ -99,6 +121,14 @@ class DiveModel(BaseTuner):
             target.add_module(STEERING_NAME, steering)
         target.get_submodule(STEERING_NAME).update_layer(adapter_name, peft_config)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.active_adapters and len(self.peft_config) > 1:
+            # Chosen here for all layers alike: each has the adapters of its own alone, and would choose among those.
+            left = [name for name in self.active_adapters if name != adapter_name]
+            left = left or [next(name for name in self.peft_config if name != adapter_name)]
+            self.set_adapter(left, inference_mode=self.peft_config[left[0]].inference_mode)
+        super().delete_adapter(adapter_name)
+
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
         if merge:
             raise InputError(
@@ -120,11 +150,8 @@ class DiveModel(BaseTuner):
     def forward(self, *args, response_positions: torch.Tensor | None = None, **kwargs):
         if response_positions is None and kwargs.get("labels") is not None:
             response_positions = response_positions_from_labels(kwargs["labels"])
-        before, self._given_positions = self._given_positions, response_positions
-        try:
+        with self._calls.say("given_positions", response_positions):
             return self.model(*args, **kwargs)
-        finally:
-            self._given_positions = before
 
     def generate(self, *args, **kwargs):
         """The base model's `generate`, steered behind the prompt."""
@@ -138,11 +165,8 @@ class DiveModel(BaseTuner):
     @contextmanager
     def generating(self, prompt_length: int, prompt_mask: torch.Tensor | None):
         """Passes within are parts of one generation: of a prompt of that many columns, and of what follows it."""
-        self._generation = Generation(prompt_length, prompt_mask)
-        try:
+        with self._calls.say("generation", Generation(prompt_length, prompt_mask)):
             yield
-        finally:
-            self._generation = None
 
     @contextmanager
     def rows_steered_by(self, adapter_names):
@@ -169,11 +193,8 @@ class DiveModel(BaseTuner):
             unknown = sorted(set(names) - known)
             if unknown:
                 raise InputError(f"adapter_names: no adapter {unknown[0]!r}; there are {', '.join(sorted(known))}")
-        self._adapter_names = None if names is None else list(names)
-        try:
+        with self._calls.say("adapter_names", None if names is None else list(names)):
             yield
-        finally:
-            self._adapter_names = None
 
     def _begin_pass(self, decoder, args, kwargs):
         """In front of the decoder: work out the steered positions of this pass and send them along."""
@@ -198,8 +219,8 @@ class DiveModel(BaseTuner):
             device=tokens.device,
             past_length=0 if cache is None else int(cache.get_seq_length()),
             attention_mask=mask,
-            response_positions=self._given_positions,
-            generation=self._generation,
+            response_positions=self._calls.given_positions,
+            generation=self._calls.generation,
         )
         kwargs[STEERING_KWARG] = SteeringCall(masks, self._rows(shape[0], tokens.device))
         return args, kwargs
@@ -215,28 +236,26 @@ class DiveModel(BaseTuner):
     @contextmanager
     def unsteered(self):
         """The base model's own passes; unlike PEFT's `disable_adapter` it leaves `requires_grad` alone."""
-        before, self._steers = self._steers, False
-        try:
+        with self._calls.say("steers", False):
             yield
-        finally:
-            self._steers = before
 
     def acting_adapters(self) -> list[str]:
         """The adapters of a pass made now, in the order in which they act."""
-        if not self._steers:
+        if not self._calls.steers:
             return []
         layers = decoder_of(self.model).layers
         if all(
             layer.get_submodule(STEERING_NAME).disable_adapters for layer in layers if hasattr(layer, STEERING_NAME)
         ):
             return []
-        names = self.active_adapters if self._adapter_names is None else sorted(set(self._adapter_names) - {"__base__"})
+        given = self._calls.adapter_names
+        names = self.active_adapters if given is None else sorted(set(given) - {"__base__"})
         return [name for name in names if name in self.peft_config]
 
     def _rows(self, batch: int, device) -> dict[str, torch.Tensor] | None:
-        if self._adapter_names is None:
+        if self._calls.adapter_names is None:
             return None
-        names = self._adapter_names
+        names = self._calls.adapter_names
         if batch % len(names):
             raise InputError(f"adapter_names: expected one name per row ({batch}), got {len(names)}")
         names = [name for name in names for _ in range(batch // len(names))]  # beams and n-best follow their row

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dive_fast.supervision.radgraph import RadGraphTagger
 from dive_fast.supervision.tagger import Tagger
 from dive_fast.supervision.weights import checked_spans, token_weights
 
-DISAGREEMENT, RADGRAPH = "disagreement", "radgraph"
+TAGGERS = LEXICON, DISAGREEMENT, RADGRAPH = "lexicon", "disagreement", "radgraph"
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Supervision:
                 raise InputError(f"{name}: expected a number >= 0, got {value!r}")
         if not 0 < self.disagreement_fraction <= 1:
             raise InputError(f"disagreement_fraction: expected a number in (0, 1], got {self.disagreement_fraction!r}")
-        if isinstance(self.tagger, str) and self.tagger not in ("lexicon", DISAGREEMENT, RADGRAPH):
+        if isinstance(self.tagger, str) and self.tagger not in TAGGERS:
             if not Path(self.tagger).is_file():
                 raise InputError(
                     "tagger: expected 'lexicon', 'disagreement', 'radgraph', a lexicon file or a callable, got "
@@ -91,12 +91,12 @@ class Supervision:
             return None
         if self.tagger == RADGRAPH:
             return RadGraphTagger(settings.read(RadGraphSettings, self.tagger_options, "tagger_options"))
-        return LexiconTagger(None if self.tagger == "lexicon" else self.tagger)
+        return LexiconTagger(None if self.tagger == LEXICON else self.tagger)
 
     @property
     def tagger_fingerprint(self) -> str | None:
-        """sha256 of the weights behind "radgraph"; None for the others."""
-        return self.span_tagger().fingerprint if self.tagger == RADGRAPH else None
+        """sha256 of what is behind a name or path (lexicon, weights); None for a callable and "disagreement"."""
+        return self.span_tagger().fingerprint if isinstance(self.tagger, str) and self.tagger != DISAGREEMENT else None
 
     def read_ahead(self, reports: Iterable[str]) -> None:
         """Let a tagger that runs a model read all reports in batches, before the first step asks for them one by one.
@@ -110,15 +110,22 @@ class Supervision:
     def weigher(self) -> Callable[[Record, Response], Sequence[float]]:
         """(record, response) -> w_t per response token, EOS last; disagreement's part is added when it is known."""
         if self.tagger == DISAGREEMENT:
-            return lambda record, response: [1.0] * (len(response.ids) - 1) + [1.0 + self.eos_weight]
-        tagger = self.span_tagger()
+            return partial(_weigh_end, eos_weight=self.eos_weight)
+        return partial(
+            _weigh_spans,
+            tagger=self.span_tagger(),
+            pathology_weight=self.pathology_weight,
+            eos_weight=self.eos_weight,
+        )
 
-        def weigh(record: Record, response: Response) -> Sequence[float]:
-            return token_weights(
-                response.offsets,
-                checked_spans(tagger, record.report),
-                pathology_weight=self.pathology_weight,
-                eos_weight=self.eos_weight,
-            )
 
-        return weigh
+# Functions of the module, since data loaders' workers are sent them where they are not forked.
+def _weigh_end(record: Record, response: Response, *, eos_weight: float) -> Sequence[float]:
+    return [1.0] * (len(response.ids) - 1) + [1.0 + eos_weight]
+
+
+def _weigh_spans(
+    record: Record, response: Response, *, tagger: Tagger, pathology_weight: float, eos_weight: float
+) -> Sequence[float]:
+    spans = checked_spans(tagger, record.report)
+    return token_weights(response.offsets, spans, pathology_weight=pathology_weight, eos_weight=eos_weight)

@@ -20,9 +20,10 @@ from dive_fast.data.encoding import ReportEncoder, append_responses
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
 from dive_fast.models.fingerprint import model_fingerprint
+from dive_fast.models.head import head_of
 from dive_fast.models.hidden import hidden_states
-from dive_fast.models.prefix import Prefix, continue_prefix, run_prefix
-from dive_fast.models.spec import lm_head_of, logit_softcap_of
+from dive_fast.models.modes import evaluating
+from dive_fast.models.prefix import Prefix, can_run_prefixes, continue_prefix, run_prefix
 from dive_fast.supervision.cache import TensorCache, content_key
 
 DEMOS = ("random", "nearest", "fixed")
@@ -107,7 +108,7 @@ class TeacherRunner:
     ):
         self.model, self.encoder, self.pool = model, encoder, pool
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.head, self.softcap = lm_head_of(base), logit_softcap_of(base)
+        self.head = head_of(base)
         self.layers, self.disagreement = layers, disagreement
         self.cache = TensorCache(cache_dir) if cache_dir is not None else None
         self.fingerprint = model_fingerprint(base) if self.cache is not None else ""
@@ -134,7 +135,7 @@ class TeacherRunner:
         )
 
     def _key(self, prompt: dict, response: Sequence[int]) -> str:
-        wanted = f"layers={self.layers} disagreement={self.disagreement} softcap={self.softcap}"
+        wanted = f"layers={self.layers} disagreement={self.disagreement} {self.head.softcap=} {self.head.scale=}"
         return content_key({**prompt, "response": torch.tensor(response), "model": self.fingerprint, "wanted": wanted})
 
     def _remember(self, record_id: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -154,8 +155,8 @@ class TeacherRunner:
             )
         with torch.no_grad(), without_steering(self.model):
             states = self._response_states(prompt, response, layers=self.layers)
-            if self.softcap is None:
-                statistics = ops.teacher_statistics(states.final, self.head.weight, bias=self.head.bias)
+            if self.head.softcap is None:
+                statistics = ops.teacher_statistics(states.final, self.head.weight, bias=self.head.options["bias"])
                 tensors = statistics._asdict()
             else:
                 tensors = {"final": states.final}
@@ -180,13 +181,15 @@ class TeacherRunner:
             states = continue_prefix(self.model, prefix, **rest, layers=layers)
         first = batch["input_ids"].shape[1] - begun - len(response) - 1
         window = slice(first, first + len(response))
-        states.final = states.final[0, window]
+        states.final = self.head.inputs(states.final[0, window])
         states.layers = [layer[0, window] for layer in states.layers]
         return states
 
     def _shared_prefix(self, batch: dict) -> tuple[int, Prefix | None]:
         """The tokens that `batch` has in common with every prompt, and their cache; (0, None) where it has none."""
         if self.pool.how != "fixed" or batch.keys() != {"input_ids", "attention_mask"}:
+            return 0, None
+        if not can_run_prefixes(self.model):
             return 0, None
         if self.shared is None:
             self.shared = self._common_tokens().to(batch["input_ids"].device), None
@@ -218,8 +221,7 @@ class TeacherRunner:
             zero_shot,
             self.head.weight,
             torch.tensor(response, device=zero_shot.device),
-            bias=self.head.bias,
-            softcap=self.softcap,
+            **self.head.options,
             teacher=teacher,
             kl_weight=1.0,
             return_stats=True,
@@ -235,13 +237,8 @@ def _statistics(tensors: dict[str, torch.Tensor]) -> ops.TeacherStatistics | Non
 @contextmanager
 def without_steering(model: nn.Module):
     """The base model inside `model`, whatever PEFT method adapts it, in eval mode."""
-    training = model.training
-    model.eval()
-    try:
-        with _adapters_off(model):
-            yield
-    finally:
-        model.train(training)
+    with evaluating(model), _adapters_off(model):
+        yield
 
 
 def _adapters_off(model: nn.Module):
