@@ -448,5 +448,21 @@ def test_memory_is_read_once_and_whole():
             assert total == int(words.sum(dtype=torch.int64)) % 2**32
 
 
+def test_a_digest_of_memory_is_the_same_at_every_level_and_sees_every_word():
+    words = torch.randint(-(2**31), 2**31 - 1, (600_000,), dtype=torch.int32)
+    words = words[(-address(words) % 64) // 4 :][: 16 * 37_000]
+
+    def digests():
+        return {DECODE.digest_memory(address(words), words.nbytes, level, n) for level in LEVELS for n in (1, 3)}
+
+    seen = digests()
+    assert len(seen) == 1
+    for place in (0, 17, 16 * 16_384 - 1, 16 * 16_384, len(words) - 1):
+        words[place] ^= 1 << 30
+        (digest,) = digests()
+        assert digest not in seen
+        seen.add(digest)
+
+
 def test_more_workers_than_cores_still_progress():
     DECODE.syncs(500, BEST, 8)

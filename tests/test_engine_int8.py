@@ -71,6 +71,17 @@ def test_writes_past_the_version_counter_are_seen_too():
         assert int8_matrix(model.model.layers[0].mlp.up_proj.weight) is after
 
 
+@pytest.mark.parametrize("write", [lambda w: w.flip(0), lambda w: -w, lambda w: w.roll(16, dims=1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_writes_that_leave_the_sum_of_all_words_are_seen_too(write, dtype):
+    weight = torch.nn.Parameter(torch.randn(64, 64, dtype=dtype))
+    before = int8_matrix(weight)
+    weight.data.copy_(write(weight.data.clone()))
+    after = int8_matrix(weight)
+    assert after is not before
+    torch.testing.assert_close(after.scales, weight.detach().float().abs().amax(dim=1) / 127)
+
+
 @pytest.mark.parametrize(
     "options, reason",
     [

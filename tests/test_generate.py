@@ -175,6 +175,8 @@ def test_generation_runs_on_films_and_keeps_the_rows_apart():
         (PROMPTS, {"seed": "123"}, "seed: expected a whole number from 0"),
         (PROMPTS, {"adapter_names": ["default", "nobody", "__base__"]}, "no adapter 'nobody'; there are"),
         ({"attention_mask": 1}, {}, "needs input_ids"),
+        ({"input_ids": [[3, 4]]}, {}, "input_ids as a tensor .* got list; encode with return_tensors='pt'"),
+        ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, {}, r"got \[0, 4\]"),
         (PROMPTS, {"engine": "fast"}, "engine: expected None or 'native', 'transformers', got 'fast'"),
         (PROMPTS, {"min_p": 2, "temperature": 1.0}, "min_p: expected a number in"),
         (PROMPTS, {"max_new_tokens": 0}, "max_new_tokens: expected a whole number >= 1"),

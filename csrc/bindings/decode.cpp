@@ -139,6 +139,11 @@ void bind_decode(py::module_ m) {
     const py::gil_scoped_release release;
     return cpu::read_memory(pointer<void>(data), bytes, cpu::isa_from_name(isa), threads);
   });
+  m.def("digest_memory", [](Address data, std::int64_t bytes, const std::string& isa, int threads) {
+    dive::engine::check_team(1, threads, cpu::isa_from_name(isa));
+    const py::gil_scoped_release release;
+    return cpu::digest_memory(pointer<void>(data), bytes, cpu::isa_from_name(isa), threads);
+  });
   m.def("syncs", [=](int count, const std::string& isa, int threads) {
     team(isa, threads, [&](const Worker& worker) {
       for (int i = 0; i < count; ++i) worker.sync();

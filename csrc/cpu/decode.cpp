@@ -326,4 +326,17 @@ std::uint32_t read_memory(const void* data, std::int64_t bytes, Isa isa, int thr
   return total;
 }
 
+std::uint64_t digest_memory(const void* data, std::int64_t bytes, Isa isa, int threads) {
+  constexpr std::int64_t kPiece = 1 << 20;
+  std::atomic<std::uint64_t> total{0};
+  parallel_together(threads, [&](int index) {
+    const Range mine = share({index, threads, isa, nullptr}, (bytes + kPiece - 1) / kPiece);
+    for (std::int64_t piece = mine.begin; piece < mine.end; ++piece) {
+      const char* begin = static_cast<const char*>(data) + piece * kPiece;
+      total += DIVE_DISPATCH(isa, digest_range, begin, std::min(kPiece, bytes - piece * kPiece), piece);
+    }
+  });
+  return total;
+}
+
 }  // namespace dive::cpu

@@ -41,6 +41,7 @@ DIVE_DECLARE_VARIANTS(void add_range(const float* a, const float* b, std::int64_
 DIVE_DECLARE_VARIANTS(void softcap_range(float* x, std::int64_t count, float cap))
 DIVE_DECLARE_VARIANTS(void narrow_range(const float* x, std::int64_t count, DType dtype, void* out))
 DIVE_DECLARE_VARIANTS(std::uint32_t read_range(const void* data, std::int64_t bytes))
+DIVE_DECLARE_VARIANTS(std::uint64_t digest_range(const void* data, std::int64_t bytes, std::uint64_t place))
 DIVE_DECLARE_VARIANTS(std::int64_t argmax_range(const float* x, std::int64_t count))
 
 // Positions [begin, end) of one key/value head's cache for the H / G query heads that share it: q and partials hold

@@ -84,6 +84,38 @@ std::uint32_t read_range(const void* data, std::int64_t bytes) {
   return total;
 }
 
+std::uint64_t digest_range(const void* data, std::int64_t bytes, std::uint64_t place) {
+  constexpr std::int64_t kLine = 64;
+  const char* p = static_cast<const char*>(data);
+  const Ahead ahead{true};
+  // Turned from line to line, so that words which change places or change alike do not cancel.
+  vu sums[64 / sizeof(vu)] = {};
+  std::int64_t touched = 0;
+  for (std::int64_t i = 0; i + kLine <= bytes; i += kLine) {
+    if (i >= touched) {
+      ahead.touch(p + i);
+      touched += kTouch;
+    }
+    unroll<64 / sizeof(vu)>([&](auto j) {
+      vu v;
+      std::memcpy(&v, p + i + j * sizeof(vu), sizeof v);
+      sums[j] = (sums[j] << 5 | sums[j] >> 27) + v;
+    });
+  }
+  std::uint64_t total = 0;
+  std::uint64_t word = place * (kLine / 4);
+  for (const vu& v : sums) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      // The mixing of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+      std::uint64_t x = v[lane] + ++word * 0x9e3779b97f4a7c15;
+      x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+      x = (x ^ x >> 27) * 0x94d049bb133111eb;
+      total += x ^ x >> 31;
+    }
+  }
+  return total;
+}
+
 // A NaN counts as larger than every number, as it does for torch.argmax.
 std::int64_t argmax_range(const float* x, std::int64_t count) {
   constexpr auto larger = [](auto a, auto b) { return (a > b) | ((a != a) & (b == b)); };

@@ -20,6 +20,13 @@ def batches_of(
             raise InputError(f"inputs: a mapping needs input_ids, got {', '.join(inputs)}")
         if demonstrations is not None:
             raise InputError("demonstrations: they need records or prompts as inputs, not encoded ones")
+        ids = inputs["input_ids"]
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or not ids.numel():
+            got = list(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
+            raise InputError(
+                f"inputs: expected input_ids as a tensor [rows, tokens] with a token in it, got {got}; encode with "
+                "return_tensors='pt', padding=True"
+            )
         return [_masked(dict(inputs), pad)], list(range(inputs["input_ids"].shape[0]))
     if encoder is None:
         raise InputError("processor: records and prompts need one; pass the model's processor or tokenizer")

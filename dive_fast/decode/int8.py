@@ -44,7 +44,7 @@ def int8_matrix(weight: torch.Tensor) -> Int8Matrix:
     """`weight` [N, K] (float32, bfloat16 or float16 on the CPU, rows contiguous) with every row rounded to 255 steps.
 
     A second call with the same tensor returns the same matrix, unless the tensor was written to in between, through
-    `.data` too: its memory is read and summed.
+    `.data` too: its memory is read.
     """
     weight_state = _state(weight)
     found = _kept.get(weight)
@@ -67,12 +67,12 @@ def int8_matrix(weight: torch.Tensor) -> Int8Matrix:
 
 
 def _state(weight: torch.Tensor) -> tuple:
-    """What changes when the tensor does: its place, torch's count of writes, the sum of its memory's words in whole
+    """What changes when the tensor does: its place, torch's count of writes, a digest of its memory's whole
     cache lines, and the numbers behind the last of them."""
     cpu = native.load().cpu
     rows, _ = weight.shape
     words = (rows - 1) * weight.stride(0) + weight.shape[1]
-    total = cpu.decode.read_memory(
+    digest = cpu.decode.digest_memory(
         weight.data_ptr(), words * weight.element_size(), cpu.kernel_levels()[-1], torch.get_num_threads()
     )
-    return weight.data_ptr(), write_count(weight), total, weight[-1, -_LINE // weight.element_size() :].tolist()
+    return weight.data_ptr(), write_count(weight), digest, weight[-1, -_LINE // weight.element_size() :].tolist()
