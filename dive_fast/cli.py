@@ -1,16 +1,20 @@
 """The `dive-fast` command. Only the parser lives here, so that --help answers at once; the work is in `cli_commands`.
 
-Exit codes: 0 success, 1 a bug (with its traceback), a failed `doctor`, or a `bench` that failed or found something
-slower, 2 wrong input (the message alone; also a path that may not be used), 130 Ctrl-C.
+Exit codes: 0 success (also where the reader of the output has left), 1 a bug (with its traceback), a failed `doctor`,
+or a `bench` that failed or found something slower, 2 wrong input (the message alone; also a path that may not be used
+and a full disk), 130 Ctrl-C.
 """
 
 import argparse
+import errno
 import importlib
 import sys
 import warnings
 from collections.abc import Sequence
 
 from dive_fast.errors import InputError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,12 +25,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     # Libraries warn each other of what they will remove; whoever runs a command can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
+    args = None
     try:
-        args = parse(argv)
-    except SystemExit as stop:
-        return stop.code or 0
-    try:
-        return args.run(args)
+        try:
+            args = parse(argv)
+            code = args.run(args)
+        except SystemExit as stop:
+            # argparse has shown the help or what is wrong; rich leaves with 1 where the reader of its output has gone.
+            code = 0 if isinstance(stop.__context__, BrokenPipeError) else stop.code or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what cannot be written is to be said here, not by the interpreter as it exits
+        return code
     except InputError as error:
         print(f"dive-fast: {error}", file=sys.stderr)
         return 2
@@ -41,6 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone; what is left in the buffer must not raise again at exit.
         sys.stdout = None
         return 0
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        sys.stdout = None
+        where = error.filename or "the output"
+        print(f"dive-fast: {where}: {error.strerror}; free disk space or write to another place", file=sys.stderr)
+        return 2
 
 
 def _interrupted(stop: KeyboardInterrupt, goes_on: str | None) -> str:
@@ -134,7 +150,7 @@ def _data(commands) -> None:
     parser.add_argument("items", nargs="*", metavar="key=value", help="further options of the data set")
     parser.add_argument("--root", metavar="DIR", help="the data set's folder")
     parser.add_argument("--split", metavar="PART", help="only this part; default: all, to see leaks between them")
-    parser.add_argument("--against", metavar="NAME | FILE", help="held-out data to compare with, for leaks")
+    parser.add_argument("--against", metavar="NAME | FILE", help="held-out data whose parts to compare with, for leaks")
     parser.add_argument("--tokenizer", "--model", metavar="M", help="count tokens: smollm2, a folder or a hub id")
     parser.add_argument("--lexicon", metavar="YAML", help="another lexicon; default: chest findings")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N records")
@@ -237,17 +253,22 @@ def _evaluate(commands) -> None:
         "evaluate",
         "score predictions against references",
         "Score predicted reports with 95 % bootstrap intervals, or compare two systems on the same reports.\n"
-        "PREDICTIONS is a JSON-lines file with `prediction`, and `reference` unless --references is given.",
+        "PREDICTIONS is a JSON-lines file with `prediction`, and `reference` unless --references is given.\n"
+        "Where every line has a `finish_reason`, eos_rate is the share that ended by itself (eos or stop).",
         "  dive-fast evaluate predictions.jsonl\n"
         "  dive-fast evaluate predictions.jsonl --metrics bleu rouge_l --bootstrap 5000 --output scores.json\n"
         "  dive-fast evaluate predictions.jsonl --references reports.jsonl\n"
         "  dive-fast evaluate predictions.jsonl --metrics radgraph chexbert \\\n"
         "      --metric-options radgraph.weights=weights/ chexbert.weights=weights/chexbert.pth\n"
-        "  dive-fast evaluate steered.jsonl --against zero_shot.jsonl",
+        "  dive-fast evaluate steered.jsonl --against zero_shot.jsonl\n"
+        "  dive-fast evaluate samples.jsonl --sample 0",
     )
     parser.add_argument("predictions", metavar="PREDICTIONS.jsonl", help="as `dive-fast generate` writes them")
     parser.add_argument("--references", metavar="FILE", help=".jsonl with id and reference (or report), joined by id")
     parser.add_argument("--against", metavar="B.jsonl", help="a second system: differences with paired intervals")
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="score this one of each report's `sample`s (0 is the first or best)"
+    )
     names = "bleu rouge_l cider meteor decisive radgraph chexbert length termination"
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help=names)
     parser.add_argument(

@@ -177,7 +177,7 @@ def generate(args: Namespace) -> int:
         raise InputError("--output: expected a file for the predictions, such as --output predictions.jsonl")
     if args.batch_size < 1:
         raise InputError(f"--batch-size: expected a positive number, got {args.batch_size}")
-    output = files.new_file(args.output, args.overwrite)
+    output = files.new_file(args.output, args.overwrite, inputs=[args.data])
     limit = [] if args.limit is None else [f"limit={args.limit}"]
     records = load_counted(config.data_with_options(args.data, [*args.items, *limit]))
     if args.workers is not None:
@@ -190,8 +190,10 @@ def generate(args: Namespace) -> int:
         model, processor = _steered_model(args)
         options = _generation_options(args)
         rows = predictions(model, processor, records, batch_size=args.batch_size, options=options)
-        count = files.write_rows(output, rows, total=len(records) * args.num_return_sequences)
-    print(f"{count} predictions in {output}. Score them: dive-fast evaluate {output}")
+        total = len(records) * args.num_return_sequences
+        count = files.write_rows(output, rows, total, overwrite=args.overwrite)
+    choice = " --sample 0" if args.num_return_sequences > 1 else ""
+    print(f"{count} predictions in {output}. Score them: dive-fast evaluate {output}{choice}")
     return 0
 
 
@@ -275,10 +277,15 @@ def _generate_one(args: Namespace, model, processor) -> int:
 
 def evaluate(args: Namespace) -> int:
     """Scores of one system with intervals, or of two with their paired differences."""
-    rows = files.read_predictions(args.predictions, args.references)
+    if args.output:
+        options = [item for item in args.metric_options if "=" not in item]
+        inputs = [args.predictions, args.references, args.against, args.lexicon, *options]
+        files.check_file("--output", args.output, inputs)
+    rows = files.read_predictions(args.predictions, args.references, args.sample)
     others = None
     if args.against:
-        others = files.in_order_of(rows, files.read_predictions(args.against, args.references), args.against)
+        others = files.read_predictions(args.against, args.references, args.sample)
+        others = files.in_order_of(rows, others, args.against)
     tagger = None
     if args.lexicon:
         from dive_fast.supervision.lexicon import LexiconTagger
@@ -293,11 +300,11 @@ def evaluate(args: Namespace) -> int:
         differences = _differences(args, scores, other)
         payload = {"a": scores.to_json(), "b": other.to_json(), "a_minus_b": differences}
         table = _difference_table(args, scores, other, differences)
-    from rich.console import Console
-
-    Console().print(table)
+    # The file first: whoever reads the table may leave before its end.
     if args.output:
         files.write_text(args.output, json.dumps(payload, indent=1))
+    files.show_table(table)
+    if args.output:
         print(f"All scores in {args.output}")
     return 0
 
@@ -330,24 +337,13 @@ def _differences(args: Namespace, a, b) -> dict:
     return found
 
 
-def _table(title: str, *columns: str):
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("Score")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
 def _interval(interval: Sequence[float] | None) -> str:
     return "–" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
 
 
 def _score_table(name: str, scores):
-    table = _table(f"{name}: {scores.n} reports, protocol {scores.protocol['name']}", "Value", "95 % interval")
+    title = f"{name}: {scores.n} reports, protocol {scores.protocol['name']}"
+    table = files.table(title, "Score", "Value", "95 % interval")
     for key, value in scores.items():
         table.add_row(key, f"{value:.4f}", _interval(scores.intervals.get(key)))
     return table
@@ -355,7 +351,7 @@ def _score_table(name: str, scores):
 
 def _difference_table(args: Namespace, a, b, differences: Mapping):
     title = f"A = {args.predictions}, B = {args.against}: the same {a.n} reports, protocol {a.protocol['name']}"
-    table = _table(title, "A", "B", "A − B", "95 % paired interval", "")
+    table = files.table(title, "Score", "A", "B", "A − B", "95 % paired interval", "")
     for key, found in differences.items():
         interval = found["interval"]
         # As shown: a smoothing residue of 1e-9 is no difference.
@@ -417,9 +413,11 @@ def report(args: Namespace) -> int:
     """A result file as a page."""
     from dive_fast.report import write_report
 
+    files.check_file("--output", args.output, [args.result])
     result = files.read_json(args.result)
     with files.writing("--output", Path(args.output)):
-        print(f"The page is {write_report(result, args.output)}")
+        page = write_report(result, args.output)
+    print(f"The page is {page}")
     return 0
 
 

@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
+from dive_fast import cli_files as files
 from dive_fast.errors import InputError
 
 _SHOWN_CLASSES = 12
@@ -30,7 +31,8 @@ def load_counted(section: Mapping, *, quiet: bool = False) -> Sequence:
 
 
 def inspect_command(args: Namespace) -> int:
-    """A data set's parts: counts, lengths, decisive words, samples, and what leaks between them."""
+    """A data set's parts: counts, lengths, decisive words, samples, and what leaks between them or into --against."""
+    from dive_fast import config
     from dive_fast.inspect_data import inspect_data
     from dive_fast.supervision.lexicon import LexiconTagger
 
@@ -40,13 +42,13 @@ def inspect_command(args: Namespace) -> int:
     records = load_counted(section, quiet=True)
     label = section.get("path", section["name"])
     parts, counts = _parts(records, label), {label: _counts(records)}
+    against = {}
     if args.against:
-        other = load_counted(_plain_section(args.against), quiet=True)
-        name = args.against if args.against not in parts else f"{args.against} (--against)"
-        parts[name], counts[name] = other, _counts(other)
-    found = inspect_data(
-        parts, tokenizer=tokenizer, tagger=tagger, sample=args.sample, samples=args.samples, seed=args.seed
-    )
+        other = load_counted(_whole(config.data_with_options(args.against, [])), quiet=True)
+        name = args.against if args.against not in (label, *parts) else f"{args.against} (--against)"
+        against, counts[name] = _held_out_parts(other, name), _counts(other)
+    drawing = {"sample": args.sample, "samples": args.samples, "seed": args.seed}
+    found = inspect_data(parts, against=against, tokenizer=tokenizer, tagger=tagger, **drawing)
     found = {"data": section, "loaded": counts, **found}
     if args.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
@@ -57,11 +59,15 @@ def inspect_command(args: Namespace) -> int:
 
 def _section(args: Namespace) -> dict:
     from dive_fast import config
-    from dive_fast.data import DATA_SETS
 
     given = {key: value for key, value in (("root", args.root), ("split", args.split)) if value is not None}
     limit = [] if args.limit is None else [f"limit={args.limit}"]
-    section = config.data_with_options(args.data, [*args.items, *limit]) | given
+    return _whole(config.data_with_options(args.data, [*args.items, *limit]) | given)
+
+
+def _whole(section: dict) -> dict:
+    from dive_fast.data import DATA_SETS
+
     # All parts at once, where the loader can: what leaks between them shows only then. A hub's parts are loaded singly.
     loader = DATA_SETS.get(section["name"])
     if loader is not None and section["name"] != "hub" and "split" in inspect.signature(loader).parameters:
@@ -69,17 +75,18 @@ def _section(args: Namespace) -> dict:
     return section
 
 
-def _plain_section(name_or_path: str) -> dict:
-    from dive_fast import config
-
-    return config.data_with_options(name_or_path, [])
-
-
 def _parts(records: Sequence, label: str) -> dict[str, Sequence]:
     from dive_fast.inspect_data import NO_PART, by_split
 
     parts = by_split(records)
     return {label: records} if list(parts) == [NO_PART] else parts
+
+
+def _held_out_parts(records: Sequence, label: str) -> dict[str, Sequence]:
+    from dive_fast.inspect_data import by_split
+
+    parts = by_split(records)
+    return {label: records} if len(parts) == 1 else {f"{label} {name}": part for name, part in parts.items()}
 
 
 def _counts(records: Sequence) -> dict:
@@ -111,8 +118,8 @@ def _show(found: Mapping) -> None:
     console = Console(highlight=False)
     for name, counts in found["loaded"].items():
         console.print(f"{name}: {counts['summary']}", markup=False, soft_wrap=True)
-    console.print(_part_table(found))
-    console.print(_class_table(found))
+    files.show_table(_part_table(found))
+    files.show_table(_class_table(found))
     for name, part in found["parts"].items():
         for sample in part["samples"]:
             console.print(f"{name}, {sample['id']}", style="bold", markup=False)
@@ -123,21 +130,9 @@ def _show(found: Mapping) -> None:
     _show_leaks(console, found["leakage"])
 
 
-def _table(title: str, *columns: str):
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column(columns[0])
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    return table
-
-
 def _part_table(found: Mapping):
     names = list(found["parts"])
-    table = _table(f"Lengths in {found['unit']}", "", *names)
+    table = files.table(f"Lengths in {found['unit']}", "", *names)
     for row in ("records", "images", "patients", "distinct_reports", "measured"):
         values = [found["parts"][name][row] for name in names]
         table.add_row(row.replace("_", " "), *("not named" if value is None else f"{value:,}" for value in values))
@@ -153,7 +148,7 @@ def _class_table(found: Mapping):
     """Classes as rows, the share of a part's reports that have each as columns; the first part's order."""
     rates = {name: part["decisive"] for name, part in found["parts"].items()}
     labels = list(dict.fromkeys(label for part in rates.values() for label in part["classes"]))
-    table = _table(f"Decisive {found['unit']}: share of all, and of the reports with each class", "", *rates)
+    table = files.table(f"Decisive {found['unit']}: share of all, and of the reports with each class", "", *rates)
     shares = (f"{part['share']:.1%}" for part in rates.values())
     table.add_row(f"all decisive {found['unit']}", *shares, end_section=True)
     for label in labels[:_SHOWN_CLASSES]:

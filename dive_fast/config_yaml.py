@@ -50,17 +50,54 @@ def dump(values: dict) -> str:
 
 
 def parse(text: str, source: str) -> tuple[Any, yaml.Node | None]:
-    """(the document, its node tree with line numbers); InputError, headed by `source`, where it is not YAML."""
-    loader = Loader(text)
+    """(the document, its node tree with line numbers).
+
+    Raises:
+        InputError: headed by `source`; it is not YAML, or an anchor is used inside itself.
+    """
+    loader = None
     try:
+        loader = Loader(text)
         node = loader.get_single_node()
+        if node is None:
+            return None, None
+        _refuse_loops(node)
         # A copy is constructed from, since that puts merged keys (<<) among the node's own.
-        return (None if node is None else loader.construct_document(copy.deepcopy(node))), node
+        return loader.construct_document(copy.deepcopy(node)), node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise InputError(f"{source}: not valid YAML: {where}{error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except yaml.reader.ReaderError as error:
+        line, character = text.count("\n", 0, error.position) + 1, chr(error.character)
+        raise InputError(
+            f"{source}: not valid YAML: line {line}: the character {character!r} may not stand in it; remove it"
+        ) from None
+    except RecursionError:
+        raise InputError(f"{source}: not valid YAML: nested too deeply; take brackets or levels away") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{source}: not valid YAML: {error}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
+
+
+def _refuse_loops(node: yaml.Node) -> None:
+    """A value that holds itself has no end for whoever reads it."""
+    done: set[int] = set()
+    path: set[int] = set()
+
+    def visit(node: yaml.Node) -> None:
+        if id(node) in path:
+            raise yaml.composer.ComposerError(
+                None, None, "an anchor is used inside what it names; write the value out", node.start_mark
+            )
+        if id(node) in done or not isinstance(node, yaml.CollectionNode):
+            return
+        path.add(id(node))
+        for value in node.value:
+            visit(value[1] if isinstance(node, yaml.MappingNode) else value)
+        path.remove(id(node))
+        done.add(id(node))
+
+    visit(node)

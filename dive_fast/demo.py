@@ -170,7 +170,7 @@ def main(
     seconds_total = time.perf_counter() - start
     if from_scratch:
         summary["run"]["seconds_total"] = seconds_total
-    (output / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    checkpoints.write_json(output / "result.json", summary)
     page = write_report(summary, output / "report.html")
     console.print()
     console.print(result_table(summary))

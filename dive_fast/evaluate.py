@@ -45,7 +45,8 @@ def evaluate(
         seed: seed of the resampling.
         tagger: text -> [(start, end, class), ...] for `decisive`; default
             `dive_fast.supervision.lexicon.LexiconTagger()`.
-        finish_reasons: N times "eos" or "length", as `generate` returns them; giving them adds `termination`.
+        finish_reasons: N times "eos", "stop", "length" or "cancelled", as `generate` returns them; giving them adds
+            `termination`, to which the first two have ended by themselves.
         likelihoods: N summed negative log-likelihoods of the references under the model and their N token counts, as
             `dive_fast.likelihood.report_nll` returns them; giving them adds `perplexity`.
         ids: N distinct names of the documents, for messages and for `Scores.ids`.
@@ -106,6 +107,7 @@ def evaluate(
         per_document=per_document,
         ids=None if ids is None else [str(identity) for identity in ids],
         tagger=None if tagger is None else getattr(tagger, "__qualname__", type(tagger).__qualname__),
+        tagger_fingerprint=_fingerprint(tagger),
         settings=settings,
     )
 
@@ -119,7 +121,8 @@ def paired_difference(
     interval that leaves out 0 is a difference beyond the choice of documents.
 
     Args:
-        a, b: results of `evaluate` on the same references in the same order, with the same protocol and tagger.
+        a, b: results of `evaluate` on the same references in the same order, with the same protocol, tagger and
+            lexicon.
         name: a value both have, such as "bleu_4".
         bootstrap: number of resamples; 0 gives no interval.
         seed: seed of the resampling.
@@ -128,7 +131,8 @@ def paired_difference(
         (difference, (low, high)), or (difference, None) with bootstrap=0.
 
     Raises:
-        InputError: different documents, protocols, taggers or weights; a value that is missing; a negative `bootstrap`.
+        InputError: different documents, protocols, taggers, lexicons or weights; a value that is missing; a negative
+            `bootstrap`.
     """
     check_bootstrap(bootstrap, seed)
     for argument, scores in (("a", a), ("b", b)):
@@ -146,8 +150,9 @@ def paired_difference(
         raise InputError(
             f"a, b: expected one protocol, got {a.protocol['name']!r} and {b.protocol['name']!r}; evaluate both alike"
         )
-    if metric == "decisive" and a.tagger != b.tagger:
-        raise InputError(f"a, b: expected one tagger, got {a.tagger} and {b.tagger}; evaluate both alike")
+    if metric == "decisive" and (a.tagger, a.tagger_fingerprint) != (b.tagger, b.tagger_fingerprint):
+        one, other = (f"{s.tagger} ({str(s.tagger_fingerprint)[:8]})" for s in (a, b))
+        raise InputError(f"a, b: expected one tagger with one lexicon, got {one} and {other}; evaluate both alike")
     if a.settings.get(metric) != b.settings.get(metric):
         raise InputError(
             f"a, b: expected one setting of {metric!r}, got {a.settings.get(metric)} and {b.settings.get(metric)}; "
@@ -179,6 +184,11 @@ def resampled_values(
     full = metric.combine(statistics.sum(axis=0, keepdims=True), n)
     resampled = metric.combine(sums, n)
     return {key: resampled[key] + (values[key] - full[key][0]) for key in metric.keys}
+
+
+def _fingerprint(tagger: Tagger | None) -> str | None:
+    found = getattr(tagger, "fingerprint", None)
+    return found if isinstance(found, str) else None  # a callable of the user's may mean something else by the name
 
 
 def _protocol_settings(protocol: str) -> dict:

@@ -1,12 +1,14 @@
 """What a data set holds before anything is trained on it: lengths, decisive words, what leaks between its parts."""
 
 import math
+import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
+from typing import NamedTuple
 
 from dive_fast.data.encoding import ReportEncoder
 from dive_fast.data.prompt import collapse
@@ -23,6 +25,7 @@ NO_PART = "no split"
 def inspect_data(
     parts: Mapping[str, Sequence[Record]],
     *,
+    against: Mapping[str, Sequence[Record]] | None = None,
     tokenizer=None,
     tagger: Tagger | None = None,
     sample: int = 2000,
@@ -32,6 +35,8 @@ def inspect_data(
     """Describe the parts of a data set, such as {"train": records, "test": records}, and what leaks between them.
 
     Args:
+        against: the parts of another data set, held out from this one. They are described beside `parts` and each is
+            compared with every one of these, not with each other.
         tokenizer: a fast tokenizer or a processor that counts lengths; None counts words.
         tagger: finds decisive words; None is the chest lexicon.
         sample: lengths and decisive words are taken from at most so many records of each part, drawn by `seed`.
@@ -48,13 +53,19 @@ def inspect_data(
           nearest rank: the smallest that so many per cent do not exceed), decisive and samples.
         - decisive: share (of the reports' tokens that are decisive) and classes, label -> reports (share of reports
           that have it) and tokens (share of tokens that carry it), the most frequent first.
-        - leakage: for every two parts (but records without a split), parts = [first, second], and for patients, reports
-          (verbatim but for white space) and images: n = records of the second that share one with the first, and
+        - leakage: for every two parts (but records without a split), and for every part with every one of `against`,
+          parts = [first, second], and for patients, reports (verbatim but for white space) and images (files by where
+          their path leads, links followed): n = records of the second that share one with the first, and
           share = n / the second's records. patients is None where they are not named.
 
     Raises:
-        InputError: no parts, an empty one, or a number below 1 where records are to be drawn.
+        InputError: no parts, an empty one, one name twice, or a number below 1 where records are to be drawn.
     """
+    pairs = [pair for pair in combinations(parts, 2) if NO_PART not in pair] + list(product(parts, against or {}))
+    twice = [name for name in against or {} if name in parts]
+    if twice:
+        raise InputError(f"against: expected other names than those of parts, got {twice[0]!r} in both; rename one")
+    parts = {**parts, **(against or {})}
     if not parts or not all(len(records) for records in parts.values()):
         raise InputError(f"parts: expected parts with records, got {', '.join(map(str, parts)) or 'none'}")
     if sample < 1 or samples < 0:
@@ -76,7 +87,8 @@ def inspect_data(
             "decisive": _decisive(drawn, measure, tagger),
             "samples": [_shown(record) for record in drawn[:samples]],
         }
-    leaks = [_leak(first, second, parts) for first, second in combinations(parts, 2) if NO_PART not in (first, second)]
+    keys = {name: _keys(parts[name]) for name in dict.fromkeys(name for pair in pairs for name in pair)}
+    leaks = [{"parts": [first, second], **_leak(keys[first], keys[second])} for first, second in pairs]
     return {"unit": measure.unit, "parts": described, "leakage": leaks}
 
 
@@ -150,31 +162,40 @@ def _label(label) -> str:
 
 
 def _patients(records: Sequence[Record]) -> list[str] | None:
-    found = [record.meta.get("patient_id") for record in records]
-    return None if any(patient in (None, "") for patient in found) else [str(patient) for patient in found]
+    found = [record.patient for record in records]
+    return None if None in found else found
 
 
-def _texts(records: Sequence[Record]) -> list[str]:
-    return [collapse(record.report) for record in records]
+class _Keys(NamedTuple):
+    """What a part may share with another, of each of its records."""
+
+    patients: list[str] | None
+    reports: list[str]
+    images: list[set[str]]
 
 
-def _leak(first: str, second: str, parts: Mapping[str, Sequence[Record]]) -> dict:
-    def shared(keys: Callable[[Sequence[Record]], list | None]) -> dict | None:
-        known, asked = keys(parts[first]), keys(parts[second])
-        if known is None or asked is None:
-            return None
-        known = set(known)
-        n = sum(key in known for key in asked)
-        return {"n": n, "share": n / len(asked)}
+def _keys(records: Sequence[Record]) -> _Keys:
+    reports = [collapse(record.report) for record in records]
+    # One file has many names: relative ones, with "..", through links.
+    images = [{os.path.realpath(path) for path in record.images if isinstance(path, str)} for record in records]
+    return _Keys(_patients(records), reports, images)
 
-    films = {path for record in parts[first] for path in record.images if isinstance(path, str)}
-    n = sum(any(isinstance(path, str) and path in films for path in record.images) for record in parts[second])
+
+def _leak(first: _Keys, second: _Keys) -> dict:
+    total, patients = len(second.reports), None
+    if first.patients is not None and second.patients is not None:
+        known = set(first.patients)
+        patients = _share(sum(patient in known for patient in second.patients), total)
+    texts, films = set(first.reports), set().union(*first.images)
     return {
-        "parts": [first, second],
-        "patients": shared(_patients),
-        "reports": shared(_texts),
-        "images": {"n": n, "share": n / len(parts[second])},
+        "patients": patients,
+        "reports": _share(sum(text in texts for text in second.reports), total),
+        "images": _share(sum(not films.isdisjoint(paths) for paths in second.images), total),
     }
+
+
+def _share(n: int, total: int) -> dict:
+    return {"n": n, "share": n / total}
 
 
 def _shown(record: Record) -> dict:

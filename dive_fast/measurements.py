@@ -103,10 +103,14 @@ def figures(values: Mapping[str, float], intervals: Mapping[str, Sequence[float]
 
 
 def shape(records: Sequence[Record], texts: Sequence[str], finish_reasons: Sequence[str], examples: int) -> dict:
-    """How the reports end, how long they are, and the first of them, as a result file has it."""
+    """How the reports end, how long they are, and the first of them, as a result file has it.
+
+    `finish` has "eos" and "length", and "stop" and "cancelled" where reports end so (see `GenerateOutput`).
+    """
+    reasons = dict.fromkeys(("eos", "length", *finish_reasons))
     shown = list(zip(records, texts, strict=True))[:examples]
     return {
-        "finish": {reason: finish_reasons.count(reason) / len(records) for reason in ("eos", "length")},
+        "finish": {reason: finish_reasons.count(reason) / len(records) for reason in reasons},
         "lengths": [len(text.split()) for text in texts],
         "samples": [{"id": r.id, "prompt": r.prompt, "reference": r.report, "prediction": text} for r, text in shown],
     }

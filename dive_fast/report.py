@@ -35,6 +35,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from dive_fast import checkpoints
 from dive_fast.errors import InputError
 from dive_fast.report_assets import sections
 from dive_fast.report_assets.numbers import (
@@ -53,13 +54,14 @@ from dive_fast.report_assets.sections import Highlight
 
 
 def write_report(result: Mapping, path: str | Path, *, highlight: Highlight | None = None) -> Path:
-    """Write `result` (see the module's docstring) as one HTML file and return its path.
+    """Write `result` (see the module's docstring) as one HTML file, whole or not at all, and return its path.
 
     Args:
         highlight: text -> (escaped HTML with the decisive tokens marked, their classes); default: the chest lexicon.
 
     Raises:
-        InputError: `result` holds no systems, or one without a name.
+        InputError: `result` holds no systems, or one without a name, or a text that cannot be encoded.
+        OSError: `path` cannot be written; a page that was there stays as it is.
     """
     check_result(result)
     parts = [
@@ -84,9 +86,19 @@ def write_report(result: Mapping, path: str | Path, *, highlight: Highlight | No
         + "\n".join(part for part in parts if part)
         + "\n</main></body></html>\n"
     )
+    try:
+        page.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(page[error.start])[1:-1]
+        raise InputError(
+            f"result: a text holds {half}, half of a surrogate pair, which cannot be encoded; replace it"
+        ) from None
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    if path.exists() and not path.is_file():
+        path.write_text(page, encoding="utf-8")  # a pipe or a device such as /dev/stdout must not be replaced by a file
+    else:
+        checkpoints.write_text(path, page)
     return path
 
 

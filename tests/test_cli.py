@@ -1,8 +1,10 @@
 """The command line: parsing, exit codes, and the commands that need neither model nor training."""
 
 import argparse
+import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -64,6 +66,11 @@ def test_usage_errors(capsys, argv, words):
         (KeyboardInterrupt(), 130, "\ndive-fast: interrupted\n"),
         (BrokenPipeError(), 0, ""),
         (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "dive-fast: the output: No space left on device; free disk space or write to another place\n",
+        ),
+        (
             PermissionError(13, "Permission denied", "locked/x"),
             2,
             "dive-fast: locked/x: Permission denied; mend its permissions or name another path\n",
@@ -86,6 +93,35 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr(cli, "parse", lambda argv: argparse.Namespace(run=run))
     with pytest.raises(ZeroDivisionError):
+        cli.main([])
+
+
+@pytest.mark.parametrize("shown", ["print('No effusion.')", "Console().print('No effusion.')"])
+@pytest.mark.parametrize(("reader", "code"), [("gone", 0), ("/dev/full", 2)])
+def test_output_that_nobody_takes(shown, reader, code):
+    if reader == "gone":
+        read, write = os.pipe()
+        os.close(read)
+    elif os.path.exists(reader):
+        write = os.open(reader, os.O_WRONLY)
+    else:
+        pytest.skip(f"no {reader} here")
+    program = (
+        "import argparse, sys; from rich.console import Console; from dive_fast import cli\n"
+        f"cli.parse = lambda argv: argparse.Namespace(run=lambda args: {shown})\nsys.exit(cli.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == code
+    assert done.stderr == "" if code == 0 else done.stderr.startswith("dive-fast: the output: No space left")
+
+
+def test_errors_of_the_system_that_are_no_full_disk_are_bugs(monkeypatch):
+    def run(args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(cli, "parse", lambda argv: argparse.Namespace(run=run))
+    with pytest.raises(OSError, match="Input/output"):
         cli.main([])
 
 
@@ -142,6 +178,14 @@ def test_tag_refuses(argv, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_tag_refuses_bytes_that_are_no_text(errors, monkeypatch, capsys):
+    latin = io.TextIOWrapper(io.BytesIO(b"No \xe9panchement."), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", latin)
+    assert cli.main(["tag"]) == 2
+    assert "TEXT: expected a report in UTF-8" in capsys.readouterr().err
+
+
 # demo, doctor, report
 
 
@@ -165,3 +209,10 @@ def test_report_writes_the_page(tmp_path, capsys):
     assert '"systems"' in capsys.readouterr().err and not (tmp_path / "b.html").exists()
     (tmp_path / "result.json").write_text('{\n"a": }')
     assert cli.main(["report", str(tmp_path / "result.json")]) == 2 and "line 2: not JSON" in capsys.readouterr().err
+
+
+def test_report_does_not_replace_its_result(tmp_path, capsys):
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps(example_result()))
+    assert cli.main(["report", str(result), "--output", f"{tmp_path}/./result.json"]) == 2
+    assert "is read by this command" in capsys.readouterr().err and json.loads(result.read_text()) == example_result()

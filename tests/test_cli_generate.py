@@ -119,10 +119,11 @@ def test_generate_writes_predictions(generation, data, tmp_path, capsys):
     assert cli.main([*argv, "--overwrite", "--limit", "3"]) == 0 and len(read_lines(output)) == 3
 
 
-def test_generate_writes_every_result_of_a_record(generation, data, tmp_path):
+def test_generate_writes_every_result_of_a_record(generation, data, tmp_path, capsys):
     argv = ["generate", "--model", "m", "--data", str(data), "--output", str(tmp_path / "p.jsonl"), "--limit", "2"]
     search = ["--num-beams", "3", "--length-penalty", "0.5", "--num-return-sequences", "2", "--stop", "a b", "END"]
     assert cli.main([*argv, *search]) == 0
+    assert f"dive-fast evaluate {tmp_path / 'p.jsonl'} --sample 0\n" in capsys.readouterr().out
     assert [(row["id"], row["sample"]) for row in read_lines(tmp_path / "p.jsonl")] == [
         ("r0", 0), ("r0", 1), ("r1", 0), ("r1", 1)
     ]  # fmt: skip
@@ -154,6 +155,38 @@ def test_generate_keeps_what_there_is_when_interrupted(generation, data, tmp_pat
     err = capsys.readouterr().err
     assert f"saved to {tmp_path / 'p.jsonl.part'}" in err and "--resume" not in err
     assert len(read_lines(tmp_path / "p.jsonl.part")) == 2 and not (tmp_path / "p.jsonl").exists()
+
+
+def test_the_rows_of_a_run_that_was_cut_off_stay_until_they_are_replaced(generation, backbone, data, tmp_path, capsys):
+    part = tmp_path / "p.jsonl.part"
+    argv = ["generate", "--model", "m", "--data", str(data), "--batch-size", "1", "--output", str(tmp_path / "p.jsonl")]
+    generation.stop_after = 2
+    assert cli.main(argv) == 130 and len(kept := read_lines(part)) == 2
+    backbone.clear()
+    assert cli.main(argv) == 2 and backbone == []
+    err = capsys.readouterr().err
+    assert f"--output: {part} holds the rows of a run that was cut off; rename it" in err and "--overwrite" in err
+    assert cli.main([*argv, "--overwrite"]) == 130 and read_lines(part) == kept  # stopped before its first row
+    assert "saved to" not in capsys.readouterr().err
+    generation.stop_after = None
+    assert cli.main([*argv, "--overwrite"]) == 0
+    assert len(read_lines(tmp_path / "p.jsonl")) == 3 and not part.exists()
+
+
+def test_rows_do_not_replace_those_of_a_run_that_was_cut_off(tmp_path):
+    part = tmp_path / "p.jsonl.part"
+    part.write_text('{"id": "a"}\n')
+    with pytest.raises(InputError, match="holds the rows of a run"):
+        cli_files.write_rows(tmp_path / "p.jsonl", [{"id": "b"}], total=1)
+    assert part.read_text() == '{"id": "a"}\n'
+    part.write_text("")
+    assert cli_files.write_rows(tmp_path / "p.jsonl", [{"id": "b"}], total=1) == 1 and not part.exists()
+
+
+def test_generate_does_not_replace_its_data(generation, data, capsys):
+    argv = ["generate", "--model", "m", "--data", str(data), "--output", str(data), "--overwrite"]
+    assert cli.main(argv) == 2 and "is read by this command" in capsys.readouterr().err
+    assert len(read_lines(data)) == 3 and generation.calls == []
 
 
 def test_generate_takes_data_options(generation, data, tmp_path, capsys):

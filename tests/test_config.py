@@ -137,6 +137,11 @@ def test_override_extends_a_short_data_section(written):
     assert run.data == {"name": "open_i", "split": "test", "limit": 3}
 
 
+def test_merged_keys_stay_apart(written):
+    run = config.load_config(written("data: &data {name: open_i, split: train}\neval_data: {<<: *data, split: val}\n"))
+    assert (run.data["split"], run.eval_data) == ("train", {"name": "open_i", "split": "val"})
+
+
 def test_null_section_and_nested_override():
     run = config.load_config(None, ["teacher=null", "training.options.min_lr=1e-5", "training.options.deep.er=[1, a]"])
     assert run.teacher is None
@@ -172,6 +177,8 @@ def test_null_section_and_nested_override():
         ("=3", ["expected key=value"]),
         ("steering..r=3", ["expected key=value"]),
         ("steering.r=[1", ["override 'steering.r=[1'", "not valid YAML"]),
+        ("training.options=&a {b: *a}", ["an anchor is used inside what it names"]),
+        ("model=a\x07", ["not valid YAML: line 1: the character '\\x07' may not stand in it"]),
         ("model.name=3", []),
     ],
 )
@@ -205,6 +212,10 @@ def test_messages_name_file_and_line(written):
         ("model: !!python/object/apply:os.system [echo]\n", ["not valid YAML", "line 1"]),
         ("a: 1\n---\nb: 2\n", ["not valid YAML"]),
         ("? [a]\n: 1\n", ["not valid YAML"]),
+        ("model: a\noutput: b\0c\n", ["not valid YAML: line 2: the character '\\x00' may not stand in it"]),
+        ("steering: &s\n  r: 4\n  me: *s\n", ["line 1, column 11: an anchor is used inside what it names"]),
+        ("training: {options: &a [*a]}\n", ["an anchor is used inside what it names"]),
+        (f"data: {'[' * 1500}\n", ["not valid YAML: nested too deeply"]),
     ],
 )
 def test_refused_files(written, text, words):

@@ -114,6 +114,10 @@ def test_r2gens_mimic_annotation_has_patients(tmp_path):
             '{"train": [{"id": "a", "report": "r", "image_path": "x.png"}], "val": [], "test": []}',
             ["image_path must be a list of paths, got 'x.png'"],
         ),
+        (
+            '{"train": [{"id": "a", "report": "r \\ud83d", "image_path": []}], "val": [], "test": []}',
+            ["record 'a': its report holds half of a surrogate pair"],
+        ),
         ('{"train": [], "val": [], "test": []}', ["expected at least one record"]),
     ],
 )

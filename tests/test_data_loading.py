@@ -5,11 +5,11 @@ import pickle
 import pytest
 from PIL import Image
 
-from dive_fast.data import LoadCounts, Record, Records, load_hub, load_image, to_records
+from dive_fast.data import LoadCounts, Record, Records, load_data, load_hub, load_image, to_records
 from dive_fast.data.loading import Loading, Views, image_fault
 from dive_fast.data.tables import cell_text, read_table
 from dive_fast.errors import InputError
-from tests.data_fixtures import film
+from tests.data_fixtures import WRITERS, film
 
 GROUPS = {"frontal": ("PA", "AP"), "lateral": ("L",)}
 
@@ -90,6 +90,21 @@ def test_records_with_counts_are_a_list():
     counts.notes["z"] = 2
     assert str(counts) == "1,200 records; left out: 3,000 y, 1 x; also: 2 z"
     assert counts.as_dict() == {"records": 1200, "images": 0, "dropped": {"x": 1, "y": 3000}, "notes": {"z": 2}}
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "views"),
+    [
+        ("mimic_cxr", "files/p10/p10000001/s50000001/a3.jpg", ("AP", "LATERAL")),
+        ("chexpert_plus", "train/patient00001/study1/view1_frontal.jpg", ("Lateral",)),
+        ("iu_kaggle", "images/images_normalized/5_IM-2117-1003002.dcm.png", ("Lateral",)),
+        ("padchest", "7/i2.png", ("L",)),
+    ],
+)
+def test_views_are_those_of_the_images_kept(tmp_path, name, lost, views):
+    (WRITERS[name](tmp_path) / lost).unlink()
+    record = load_data(name, root=tmp_path, views="all", skip_missing_images=True)[0]
+    assert record.meta["views"] == views and len(record.images) == len(views)
 
 
 def test_tables_by_name_with_lines(tmp_path):

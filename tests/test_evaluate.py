@@ -7,6 +7,8 @@ import warnings
 import numpy as np
 import pytest
 
+from dive_fast import measurements
+from dive_fast.data.record import Record
 from dive_fast.errors import InputError
 from dive_fast.evaluate import evaluate, paired_difference
 from dive_fast.metrics import DEFAULT, METRICS
@@ -233,7 +235,7 @@ def test_cider_of_one_document_warns_and_of_two_does_not():
         (["a"], ["a"], {"bootstrap": 2.5}, "bootstrap.*2.5"),
         (["a"], ["a"], {"metrics": "termination"}, "finish_reasons.*got None.*generate"),
         (["a"], ["a"], {"finish_reasons": ["eos", "eos"]}, "each of the 1 documents, got 2"),
-        (["a"], ["a"], {"finish_reasons": ["stop"]}, "'eos' or 'length', got 'stop'"),
+        (["a"], ["a"], {"finish_reasons": ["end"]}, "expected 'eos', 'stop', 'length' or 'cancelled', got 'end'"),
         (["a", "b"], ["a", "b"], {"ids": ["x"]}, "2 distinct names, got 1"),
         (["a", "b"], ["a", "b"], {"ids": ["x", "x"]}, "2 distinct names, got 2 with 1 distinct"),
         (["a"], ["a"], {"metrics": "decisive", "tagger": "lexicon"}, "tagger: expected a callable.*str"),
@@ -245,6 +247,14 @@ def test_bad_input_is_named(predictions, references, options, message):
     options = {"tagger": tagger, "bootstrap": 0, "metrics": ("bleu", "decisive")} | options
     with pytest.raises(InputError, match=message):
         evaluate(predictions, references, **options)
+
+
+def test_how_reports_end_is_told_for_every_reason():
+    records = [Record(id=str(i), prompt="p", report="a") for i in range(4)]
+    reasons = ["eos", "stop", "stop", "cancelled"]
+    finish = measurements.shape(records, ["a"] * 4, reasons, examples=0)["finish"]
+    assert finish == {"eos": 0.25, "length": 0, "stop": 0.5, "cancelled": 0.25}
+    assert list(measurements.shape(records, ["a"] * 4, ["eos"] * 4, examples=0)["finish"]) == ["eos", "length"]
 
 
 def test_a_reference_the_protocol_empties_is_named():

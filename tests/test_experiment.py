@@ -1,8 +1,10 @@
 """An experiment end to end on a tiny random model and invented reports: run, killed, continued, changed, refused."""
 
+import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 import dive_fast
 from dive_fast import checkpoints, cli, measurements
@@ -25,8 +28,10 @@ from dive_fast.experiment import worker
 from dive_fast.experiment.inputs import load_experiment_data, training_records
 from dive_fast.experiment.memory import PeakMemory
 from dive_fast.experiment.pieces import Folder
+from dive_fast.experiment.results import finished, write_results
 from dive_fast.experiment.run import ExperimentInterrupted, run
-from dive_fast.experiment.settings import load_experiment
+from dive_fast.experiment.scoring import Scorer
+from dive_fast.experiment.settings import Evaluation, load_experiment
 from dive_fast.experiment.systems import resolve
 from dive_fast.likelihood import report_nll
 from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
@@ -428,6 +433,22 @@ def test_access_tokens_are_not_stored(home, in_process, tmp_path):
 def test_how_a_piece_ended_is_said(code, answer, error, words):
     with pytest.raises(error, match=words):
         loop._answer(code, answer, Folder(Path("out")))
+
+
+def test_a_full_disk_is_said_with_the_folder(home, whole, tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = experiment(home)
+    found = finished(config, resolve(config), Folder(whole), load_experiment_data(config))
+    monkeypatch.setattr(checkpoints, "write_text", full)
+    asked = {"config": config.to_json(), "output": str(tmp_path), "task": ["write", "zero_shot", "any"]}
+    code, answer = worker._outcome(asked)
+    assert code == 2 and re.match(f"output: .*{tmp_path} cannot be made .*No space left", answer["error"])
+    for _ in ("results.json", "scores.json"):
+        with pytest.raises(InputError, match=f"output: {whole} cannot be written .No space left.* free disk space"):
+            write_results(Console(quiet=True), found, Scorer(Evaluation(**config.evaluation)), "")
+        monkeypatch.setattr(Scorer, "_kept", lambda *_: None)
 
 
 def test_a_piece_that_fails_is_named_and_stops_no_other(home, in_process, tmp_path, monkeypatch):

@@ -1,15 +1,24 @@
 """Means over seeds, intervals over documents and seeds, paired differences: against a bootstrap written out by hand."""
 
 import functools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dive_fast
+from dive_fast.data.record import Record
 from dive_fast.errors import InputError
 from dive_fast.evaluate import evaluate
+from dive_fast.experiment.pieces import Piece
+from dive_fast.experiment.scoring import Scorer
+from dive_fast.experiment.settings import Evaluation
 from dive_fast.experiment.summary import summarize
 from dive_fast.metrics.bootstrap import resampled_seeds
+from dive_fast.metrics.scores import Scores
+from dive_fast.supervision import lexicon
+from dive_fast.supervision.lexicon import LexiconTagger
 
 REFERENCES = [
     "the lungs are clear", "no pleural effusion is seen", "mild cardiomegaly", "left pleural effusion",
@@ -18,7 +27,7 @@ REFERENCES = [
 N = len(REFERENCES)
 
 
-def scores(skill: int, seed: int, references=REFERENCES):
+def scores(skill: int, seed: int, references=REFERENCES, tagger=None):
     """Invented predictions: a system of some skill keeps so many of ten words, others it replaces."""
     rng = np.random.default_rng([skill, seed])
     texts = [" ".join(w if rng.integers(10) < skill else "opacity" for w in text.split()) for text in references]
@@ -26,7 +35,7 @@ def scores(skill: int, seed: int, references=REFERENCES):
     tokens = [len(text.split()) + 1 for text in references]
     reasons = ["eos" if rng.random() < 0.7 else "length" for _ in references]
     return evaluate(texts, references, metrics=("rouge_l", "bleu", "length", "decisive"), protocol="lower", bootstrap=0,
-                    likelihoods=(nll, tokens), finish_reasons=reasons)  # fmt: skip
+                    likelihoods=(nll, tokens), finish_reasons=reasons, tagger=tagger)  # fmt: skip
 
 
 @functools.cache
@@ -133,3 +142,39 @@ def test_systems_scored_on_other_documents_are_refused():
     other = {"a": systems()["a"], "z": [scores(5, s, REFERENCES[::-1]) for s in range(3)]}
     with pytest.raises(InputError, match="z and a differ in their documents; remove the files scores.json"):
         summarize(other, reference="a", bootstrap=10, seed=0)
+
+
+@pytest.fixture
+def other_lexicon(tmp_path) -> Path:
+    path = tmp_path / "other.yaml"
+    path.write_text("findings: {Heart: {mention: [heart]}}\ncues: {}\n")
+    return path
+
+
+def test_systems_scored_by_another_lexicon_are_refused(other_lexicon):
+    """Two lexicons are one class; what tells them apart is kept in the file, and older files have none."""
+    ours, theirs = scores(5, 0), scores(5, 0, tagger=LexiconTagger(other_lexicon))
+    assert Scores.from_json(theirs.to_json()).tagger_fingerprint == LexiconTagger(other_lexicon).fingerprint
+    older = ours.to_json()
+    del older["tagger_fingerprint"]
+    for one in (theirs, Scores.from_json(older)):
+        with pytest.raises(InputError, match="x and a differ in their tagger"):
+            summarize({"a": [ours], "x": [one]}, reference="a", bootstrap=0, seed=0)
+        with pytest.raises(InputError, match=r"a, b: expected one tagger with one lexicon, got LexiconTagger \("):
+            dive_fast.paired_difference(one, ours, "decisive_f1", bootstrap=0)
+        assert dive_fast.paired_difference(one, ours, "rouge_l", bootstrap=0) == (0, None)
+
+
+def test_another_version_of_the_chest_lexicon_scores_anew(other_lexicon, tmp_path, monkeypatch):
+    records = [Record(str(i), "p", text, meta={"unseen_text": False}) for i, text in enumerate(REFERENCES)]
+    rows = [{"id": r.id, "prediction": r.report, "finish_reason": "eos"} for r in records]
+    (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "likelihood.json").write_text(json.dumps({"nll": [1.0] * N, "tokens": [2] * N}))
+    found = []
+    for metric in ("decisive", "length"):
+        for path in (lexicon.CHEST_LEXICON, other_lexicon):
+            monkeypatch.setattr(lexicon, "CHEST_LEXICON", path)
+            Scorer(Evaluation(metrics=[metric])).score(records, Piece(tmp_path))
+            found.append(json.loads((tmp_path / "scores.json").read_text())["key"])
+        monkeypatch.undo()
+    assert len(set(found)) == 3 and found[2] == found[3]

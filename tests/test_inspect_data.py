@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dive_fast import cli
-from dive_fast.data import Record, load_open_i
+from dive_fast.data import DATA_SETS, Record, load_open_i
 from dive_fast.errors import InputError
 from dive_fast.inspect_data import by_split, inspect_data
 from dive_fast.supervision.tagger import Span
@@ -73,6 +73,28 @@ def test_leaks(parts):
     more = {**parts, "val": parts["test"], "no split": parts["train"]}
     pairs = [leak["parts"] for leak in inspect_data(more, tagger=tagger)["leakage"]]
     assert pairs == [["train", "test"], ["train", "val"], ["test", "val"]]
+
+
+def test_leaks_into_another_data_set(parts):
+    other = {"new a": [record("9", "a b c", "p9")], "new b": [record("10", "a b c", "p9")]}
+    found = inspect_data({"train": parts["train"], "no split": parts["test"]}, against=other, tagger=tagger)
+    assert list(found["parts"]) == ["train", "no split", "new a", "new b"]
+    assert [(*leak["parts"], leak["reports"]["n"]) for leak in found["leakage"]] == [
+        ("train", "new a", 0), ("train", "new b", 0), ("no split", "new a", 1), ("no split", "new b", 1)
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="against: .*'test' in both"):
+        inspect_data(parts, against={"test": parts["test"]}, tagger=tagger)
+
+
+def test_images_are_compared_by_the_file_they_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "x.png").touch()
+    (tmp_path / "link.png").symlink_to("films/x.png")
+    train = [record("1", "a", images=("films/x.png",))]
+    for name, n in {"films/../films/x.png": 1, f"{tmp_path}/films/x.png": 1, "link.png": 1, "films/y.png": 0}.items():
+        (leak,) = inspect_data({"train": train, "test": [record("2", "b", images=(name,))]}, tagger=tagger)["leakage"]
+        assert leak["images"]["n"] == n, name
 
 
 def test_lengths_in_tokens():
@@ -176,6 +198,21 @@ def test_files_against_files(tmp_path, capsys):
     assert code == 0 and f"stands verbatim in {tmp_path / 'train.jsonl'}" in out
     assert f"Warning: 1 of {tmp_path / 'test.jsonl'}'s records (50.0%) have" in out
     assert "Leakage of patients cannot be told" in out and "Ask [b]" in out and "Pleural Effusion absent" in out
+
+
+def test_all_parts_of_a_named_data_set_are_compared(tmp_path, capsys, monkeypatch):
+    def clinic(split: str | None = "train"):
+        rows = [record("1", "Clear.", split="train"), record("2", "No effusion.", split="test")]
+        return [row for row in rows if split in (None, row.meta["split"])]
+
+    monkeypatch.setitem(DATA_SETS, "clinic", clinic)
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"id": "m", "prompt": "Ask", "report": "No effusion."}))
+    _, out, _ = inspect(capsys, path, "--against", "clinic", "--json")
+    found = {tuple(leak["parts"]): leak["reports"]["n"] for leak in json.loads(out)["leakage"]}
+    assert found == {(str(path), "clinic train"): 0, (str(path), "clinic test"): 1}
+    _, out, _ = inspect(capsys, "clinic", "--against", "clinic", "--json")
+    assert list(json.loads(out)["loaded"]) == ["clinic", "clinic (--against)"]
 
 
 def test_what_goes_wrong(tmp_path, capsys):

@@ -155,6 +155,9 @@ def test_eos_rate_by_hand():
     assert dict(scores) == {"eos_rate": 0.75}
     added = evaluate(["a"], ["a"], "length", finish_reasons=["length"])
     assert added["eos_rate"] == 0
+    # The model wrote a stop string as it writes EOS; a call that was cancelled ended nothing.
+    reasons = ["stop", "cancelled", "eos", "length"]
+    assert evaluate(["a"] * 4, ["a"] * 4, "termination", finish_reasons=reasons)["eos_rate"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """The report page: well-formed, self-contained, safe, complete where the numbers are and silent where they are not."""
 
 import copy
+import errno
 import json
 import math
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -201,6 +205,32 @@ def test_no_systems_is_refused(tmp_path, result):
     with pytest.raises(InputError, match="systems"):
         write_report(result, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_report(example_result(), tmp_path / "page.html", highlight=marked)
+    before = (tmp_path / "page.html").read_bytes()
+    cut = {"systems": [{"name": "a", "samples": [{"id": "x", "prediction": "left \ud83d effusion"}]}]}
+    with pytest.raises(InputError, match=r"result: a text holds \\ud83d, half of a surrogate pair.*replace it"):
+        write_report(cut, tmp_path / "page.html", highlight=marked)
+
+    def half(path, text, encoding):
+        path.write_bytes(text.encode(encoding)[:1000])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        write_report(example_result(), tmp_path / "page.html", highlight=marked)
+    assert (tmp_path / "page.html").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_page_into_a_pipe_does_not_replace_it(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as reader:
+        read = reader.submit(pipe.read_text, encoding="utf-8")
+        write_report(example_result(), pipe, highlight=marked)
+        assert read.result().endswith("</html>\n") and pipe.is_fifo()
 
 
 def three(base: float, teacher: float | None, adapter: float | None, width: float = 0.01, **more) -> dict:

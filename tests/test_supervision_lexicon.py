@@ -112,6 +112,27 @@ SENTENCES = [
     ("Airspace disease has cleared.", "-Lung Opacity"),
     ("Cardiomegaly is stable and the effusion has resolved.", "+Cardiomegaly, -Pleural Effusion"),
     ("Effusion resolved, pneumothorax persists.", "-Pleural Effusion, +Pneumothorax"),
+    ("There is no longer a pneumothorax.", "-Pneumothorax"),
+    ("There is no longer evidence of pulmonary edema.", "-Edema"),
+    ("Cardiomegaly, and there is no longer an effusion.", "+Cardiomegaly, -Pleural Effusion"),
+    ("The effusion is no longer visible, and the heart is enlarged.", "-Pleural Effusion, +Cardiomegaly"),
+    ("The pneumothorax has not resolved.", "+Pneumothorax"),
+    ("Effusion not resolved, edema resolved.", "+Pleural Effusion, -Edema"),
+    ("The chest tube has not been removed.", "+Support Devices"),
+    ("Pneumothorax has not been seen.", "-Pneumothorax"),
+    ("Pneumothorax has not been excluded.", "?Pneumothorax"),
+    ("There has not been any change in the effusion.", "+Pleural Effusion"),
+    # contractions say what they are short for
+    ("Pneumothorax isn't seen.", "-Pneumothorax"),
+    ("Effusion and edema aren\N{RIGHT SINGLE QUOTATION MARK}t visible.", "-Pleural Effusion, -Edema"),
+    ("There isn't an effusion or pneumothorax.", "-Pleural Effusion, -Pneumothorax"),
+    ("This doesn't show edema.", "-Edema"),
+    ("The effusion hasn't resolved.", "+Pleural Effusion"),
+    ("There hasn't been any change in the effusion.", "+Pleural Effusion"),
+    ("Pneumonia isn't excluded.", "?Pneumonia"),
+    ("We can't exclude edema; pneumonia couldn't be excluded.", "?Edema, ?Pneumonia"),
+    ("The heart isn't enlarged.", "-Cardiomegaly"),
+    ("Heart size isn't normal.", ""),
     # doubt and normality between two findings
     ("Pneumonia possible.", "?Pneumonia"),
     ("Cardiomegaly, pulmonary venous congestion and probable mild edema.", "+Cardiomegaly, +Edema, ?Edema"),
@@ -296,6 +317,9 @@ def test_fingerprint_follows_the_content_and_not_its_layout(tmp_path):
     ("- just\n- a list\n", ["mapping", "list"]),
     ("findings: [unclosed\n", ["YAML", "line"]),
     ("findings:\n  A: {mention: [x]}\n  A: {mention: [y]}\n", ["twice", "A"]),
+    ("findings: {A: {mention: [2024-13-45]}}\ncues: {}\n", ["YAML", "month", "quotes"]),
+    (f"findings: {'[' * 1500}\n", ["nested too deeply"]),
+    (changed(findings={"A": {"mention": ["(" * 1500]}}), ["nested too deeply"]),
 ])  # fmt: skip
 def test_a_damaged_file_is_explained(tmp_path, content, parts):
     path = write(tmp_path, content)

@@ -84,8 +84,8 @@ def load_chexpert_plus(
         if not study.report:
             loading.drop(f"without a text in {target}")
             continue
-        images = loading.usable(study_id, [films.find(path) for _, path in shown])
-        if images is None:
+        shown = loading.usable_films(study_id, [(view, films.find(path)) for view, path in shown])
+        if shown is None:
             continue
         prompt = compose_prompt([("Indication", study.history if indication else "")], TARGETS[target])
         meta = {
@@ -94,7 +94,7 @@ def load_chexpert_plus(
             "views": tuple(view for view, _ in shown),
             "indication": study.history,
         }
-        loading.add(Record(study_id, prompt, study.report, images, meta))
+        loading.add(Record(study_id, prompt, study.report, tuple(path for _, path in shown), meta))
     return loading.finish()
 
 

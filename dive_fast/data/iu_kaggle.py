@@ -81,8 +81,8 @@ def load_iu_kaggle(
         if choice.wanted and not shown:
             loading.drop("without a film of the views asked for")
             continue
-        images = loading.usable(study_id, [str(folder / film) for _, film in shown])
-        if images is None:
+        shown = loading.usable_films(study_id, [(view, str(folder / film)) for view, film in shown])
+        if shown is None:
             continue
         meta = {
             "split": split_of.get(study_id),
@@ -92,7 +92,7 @@ def load_iu_kaggle(
             "has_deid": "XXXX" in text,
         }
         prompt = compose_prompt([("Indication", said if indication else "")], TARGETS[target])
-        loading.add(Record(study_id, prompt, text, images, meta))
+        loading.add(Record(study_id, prompt, text, tuple(path for _, path in shown), meta))
     return loading.finish()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dive_fast.data.counts import Records
 from dive_fast.data.images import StoredImage, open_bytes
-from dive_fast.data.loading import Loading, image_fault
+from dive_fast.data.loading import Loading, check_encodable, image_fault
 from dive_fast.data.prompt import FINDINGS_REQUEST, collapse, compose_prompt
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
@@ -51,8 +51,8 @@ def load_json_lines(
 
     Raises:
         InputError: no such file, unknown suffix, not JSON (with the line), a missing column (with those there are and
-            the nearest name), an empty report or prompt, an id that occurs twice, images that are missing and may
-            not be skipped.
+            the nearest name), an empty report or prompt, half of a surrogate pair in one or in an id, an id that occurs
+            twice, images that are missing and may not be skipped.
     """
     loading = Loading(str(path), limit=limit, skip_missing_images=skip_missing_images, check_images=check_images)
     path = Path(path)
@@ -87,7 +87,10 @@ def rows_to_records(
 
 
 def check_records(records: Sequence[Record], source: str) -> None:
-    """Raise InputError unless there are records, with different ids, prompts and reports with text, and image files."""
+    """Raise InputError unless there are records, with different ids, prompts and reports with text, and image files.
+
+    Ids, prompts and reports must encode as UTF-8.
+    """
     if not records:
         raise InputError(f"{source}: expected at least one record, got none")
     for record in _checked(records, source):
@@ -105,7 +108,7 @@ def _records(rows, columns: Mapping[str, str], source: str, root: Path | None) -
 
 
 def _checked(records: Iterable[Record], source: str) -> Iterator[Record]:
-    """The records as they come, each with an id of its own, and a prompt and a report with text."""
+    """The records as they come, each with an id of its own, and a prompt and a report with text that encodes."""
     seen = set()
     for record in records:
         if not isinstance(record, Record):
@@ -118,6 +121,7 @@ def _checked(records: Iterable[Record], source: str) -> Iterator[Record]:
             text = getattr(record, field)
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"{where}: its {field} must be a text that is not empty, got {text!r}; leave it out")
+        check_encodable(where, record)
         yield record
 
 

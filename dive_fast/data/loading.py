@@ -42,6 +42,20 @@ def check_count(argument: str, value: int | None) -> int | None:
     return value
 
 
+def check_encodable(where: str, record: Record) -> None:
+    """Raise InputError, headed by `where`, unless the record's id, prompt and report can be written as UTF-8.
+
+    JSON may hold half of a surrogate pair, such as an emoji that was cut; tokenizers and files refuse it.
+    """
+    for field in ("id", "prompt", "report"):
+        try:
+            str(getattr(record, field)).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{where}: its {field} holds half of a surrogate pair, which cannot be encoded; replace it"
+            ) from None
+
+
 class Views:
     """Which views of a study are shown, and in which order.
 
@@ -122,17 +136,23 @@ class Loading:
 
     def usable(self, record_id: str, paths: Sequence[str]) -> tuple[str, ...] | None:
         """Those of `paths` that can be read; None, and the record counted as dropped, where none is left."""
-        kept = tuple(path for path in paths if self._is_whole(record_id, path))
+        kept = self.usable_films(record_id, [("", path) for path in paths])
+        return None if kept is None else tuple(path for _, path in kept)
+
+    def usable_films(self, record_id: str, films: Sequence[tuple[str, str]]) -> list[tuple[str, str]] | None:
+        """`usable` for (view, path) pairs."""
+        kept = [(view, path) for view, path in films if self._is_whole(record_id, path)]
         # What is not skipped ends in an error, and meanwhile counts as a record: a limit stops the search as it would.
         if not self.skip:
-            return tuple(paths)
-        if not kept and paths:
+            return list(films)
+        if not kept and films:
             self.drop("with no image that is there and whole")
             return None
         return kept
 
     def add(self, record: Record) -> None:
-        """Keep a record; InputError where its id occurs twice."""
+        """Keep a record; InputError where its id occurs twice, or a text cannot be encoded."""
+        check_encodable(f"{self.source}, record {record.id!r}", record)
         if record.id in self._ids:
             raise InputError(f"{self.source}: the id {record.id!r} occurs twice; ids must differ")
         self._ids.add(record.id)

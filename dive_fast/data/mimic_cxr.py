@@ -100,8 +100,8 @@ def load_mimic_cxr(
         if not report:
             loading.drop(f"without a text in {target}")
             continue
-        images = loading.usable(study_id, [f"{root}/{folder}/{film}.jpg" for _, film in shown])
-        if images is None:
+        shown = loading.usable_films(study_id, [(view, f"{root}/{folder}/{film}.jpg") for view, film in shown])
+        if shown is None:
             continue
         prompt = compose_prompt([("Indication", said if indication else "")], TARGETS[target])
         meta = {
@@ -111,7 +111,7 @@ def load_mimic_cxr(
             "indication": said,
             "has_deid": "___" in report,
         }
-        loading.add(Record(study_id, prompt, report, images, meta))
+        loading.add(Record(study_id, prompt, report, tuple(path for _, path in shown), meta))
     if missing and not skip_missing_reports:
         raise InputError(
             f"reports_root: report files are missing, the first are {', '.join(missing)}. Give the folder that "

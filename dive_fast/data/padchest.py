@@ -92,8 +92,8 @@ def load_padchest(
         if not text:
             loading.drop(f"without a text in {target}")
             continue
-        images = loading.usable(study_id, [_film(root, path) for _, path in shown])
-        if images is None:
+        shown = loading.usable_films(study_id, [(view, _film(root, path)) for view, path in shown])
+        if shown is None:
             continue
         meta = {
             "patient_id": study.patient,
@@ -102,6 +102,7 @@ def load_padchest(
             "labels": study.labels,
             "method": study.method,
         }
+        images = tuple(path for _, path in shown)
         loading.add(Record(study_id, compose_prompt([], TARGETS[target]), text, images, meta))
     return loading.finish()
 

@@ -17,6 +17,7 @@ no seed can change has one run, `any`.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,13 +139,20 @@ class Folder:
             InputError: it holds another experiment's runs, with what differs; it cannot be written.
         """
         setup = self.check(config, systems, data)
-        try:
+        with self.writing():
             self.root.mkdir(parents=True, exist_ok=True)
             checkpoints.write_json(self.root / SETUP, setup)
             checkpoints.write_text(self.root / CONFIG, config.to_yaml())
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What the system refuses while files of the folder are written, as an InputError that names it."""
+        try:
+            yield
         except OSError as error:
             raise InputError(
-                f"output: {self.root} cannot be written ({error.strerror or error}); free disk space or name another"
+                f"output: {self.root} cannot be written ({error.strerror or error}); free disk space and start the "
+                "same command again, which goes on, or name another folder"
             ) from error
 
     def check(self, config: ExperimentConfig, systems: Mapping[str, System], data: Data) -> dict:

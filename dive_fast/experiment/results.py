@@ -65,19 +65,24 @@ def finished(config: ExperimentConfig, systems: Mapping[str, System], folder: Fo
 
 
 def write_results(console, found: Finished, scorer: Scorer, command: str) -> None:
-    """Score what is finished, write all four files, and print the table; systems that lack a seed are named."""
+    """Score what is finished, write all four files, and print the table; systems that lack a seed are named.
+
+    Raises:
+        InputError: runs that cannot be compared, or a folder that cannot be written.
+    """
     if found.missing:
         console.print(f"Not finished, and not in the results: {', '.join(found.missing)}.", markup=False)
     if not found.systems:
         return
-    with console.status("Scoring the reports"):
+    with console.status("Scoring the reports"), found.folder.writing():
         scores = {name: [scorer.score(found.data.test, piece) for piece in runs] for name, runs in found.pieces.items()}
     result = result_of(found, scores) | {"command": command}
     root = found.folder.root
-    checkpoints.write_json(root / RESULTS, result)
-    checkpoints.write_text(root / MARKDOWN, tables.markdown(result))
-    checkpoints.write_text(root / LATEX, tables.latex(result))
-    page = write_report(result, root / PAGE)
+    with found.folder.writing():
+        checkpoints.write_json(root / RESULTS, result)
+        checkpoints.write_text(root / MARKDOWN, tables.markdown(result))
+        checkpoints.write_text(root / LATEX, tables.latex(result))
+        page = write_report(result, root / PAGE)
     console.print()
     console.print(result_table(result))
     console.print(f"Open {page} in a browser; {RESULTS}, {MARKDOWN} and {LATEX} are beside it.", markup=False)
@@ -164,7 +169,9 @@ def _entry(found: Finished, name: str) -> dict[str, Any]:
         "engine": written[0]["engine"],
         "costs": _costs(found, system, trained, written),
         "history": _mean_history([run["history"] for run in trained]),
-        "finish": {reason: reasons.count(reason) / len(reasons) for reason in ("eos", "length")},
+        "finish": {
+            reason: reasons.count(reason) / len(reasons) for reason in dict.fromkeys(("eos", "length", *reasons))
+        },
         "lengths": [len(row["prediction"].split()) for run in rows for row in run],
         **({"samples": first["samples"]} if examples else {}),
     }

@@ -42,7 +42,7 @@ class Scorer:
         inputs.check_protocol(evaluation.protocol)
         self.metrics = tuple(names)
         self.options = inputs.metric_options(evaluation.metric_options, names, METRICS)
-        self.tagger = None if evaluation.lexicon is None else LexiconTagger(evaluation.lexicon)
+        self.tagger = LexiconTagger(evaluation.lexicon)
         self._models_are_loaded = False
 
     def rehearse(self) -> None:
@@ -104,7 +104,8 @@ class Scorer:
     def _settings(self) -> dict:
         """What scores depend on."""
         settings = dataclasses.asdict(self.evaluation)
-        lexicon = None if self.tagger is None else self.tagger.fingerprint
+        # Also of the package's own lexicon: another version of it tags otherwise.
+        lexicon = self.tagger.fingerprint if "decisive" in self.metrics else None
         return {key: settings[key] for key in ("metrics", "protocol", "metric_options")} | {"lexicon": lexicon}
 
     def _kept(self, piece: Piece, key: str) -> dict[str, Scores] | None:

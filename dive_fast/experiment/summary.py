@@ -65,7 +65,7 @@ def summarize(
         seed: of the resampling.
 
     Raises:
-        InputError: systems scored on other documents, by other metrics or with other weights.
+        InputError: systems scored on other documents, by other metrics or with another lexicon or other weights.
     """
     _check_alike(scores)
     runs = next(iter(scores.values()))
@@ -126,7 +126,7 @@ def _check_alike(scores: Mapping[str, Sequence[Scores]]) -> None:
         for what, ours, theirs in (
             ("documents", (one.n, one.documents), (first.n, first.documents)),
             ("protocol", one.protocol, first.protocol),
-            ("tagger", one.tagger, first.tagger),
+            ("tagger", (one.tagger, one.tagger_fingerprint), (first.tagger, first.tagger_fingerprint)),
             ("metrics' settings", one.settings, first.settings),
             ("metrics", list(one), list(first)),
         ):

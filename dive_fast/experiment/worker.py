@@ -37,18 +37,30 @@ def main() -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
 
-    from dive_fast.errors import InputError
-
-    code, answer = 0, {}
-    try:
-        answer = _do(asked)
-    except InputError as error:
-        code, answer = EXIT_INPUT_ERROR, {"error": str(error)}
-    except KeyboardInterrupt as stop:
-        saved = getattr(stop, "saved_to", None)
-        code, answer = EXIT_INTERRUPTED, {"saved_to": None if saved is None else str(saved)}
+    code, answer = _outcome(asked)
     print(json.dumps(answer), file=outcome, flush=True)
     return code
+
+
+def _outcome(asked: Mapping[str, Any]) -> tuple[int, dict]:
+    """The exit code and the answer of a task."""
+    from dive_fast.errors import InputError
+
+    try:
+        return 0, _do(asked)
+    except InputError as error:
+        return EXIT_INPUT_ERROR, {"error": str(error)}
+    except OSError as error:
+        if error.errno is None:  # not the system's: a library's, whose traceback says more
+            raise
+        message = (
+            f"output: this piece of {asked['output']} cannot be made ({error}); free disk space or mend what is named, "
+            "then start the same command again, which goes on"
+        )
+        return EXIT_INPUT_ERROR, {"error": message}
+    except KeyboardInterrupt as stop:
+        saved = getattr(stop, "saved_to", None)
+        return EXIT_INTERRUPTED, {"saved_to": None if saved is None else str(saved)}
 
 
 def _first_line() -> bytes:

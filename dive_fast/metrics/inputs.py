@@ -9,7 +9,8 @@ from dive_fast.metrics.perplexity import likelihood_statistics
 from dive_fast.metrics.protocols import PROTOCOLS, collapse_whitespace
 from dive_fast.supervision.tagger import Tagger
 
-FINISH_REASONS = ("eos", "length")
+FINISH_REASONS = ("eos", "stop", "length", "cancelled")
+"""What `generate` gives; the first two are reports that ended by themselves (`dive_fast.metrics.termination`)."""
 
 
 def as_list(argument: str, values) -> list:
@@ -138,7 +139,8 @@ def checked_finish_reasons(finish_reasons, n: int) -> list[str]:
         raise InputError(f"finish_reasons: expected one for each of the {n} documents, got {len(reasons)}")
     unknown = next((reason for reason in reasons if reason not in FINISH_REASONS), None)
     if unknown is not None:
-        raise InputError(f"finish_reasons: expected 'eos' or 'length', got {unknown!r}")
+        expected = ", ".join(map(repr, FINISH_REASONS[:-1]))
+        raise InputError(f"finish_reasons: expected {expected} or {FINISH_REASONS[-1]!r}, got {unknown!r}")
     return reasons
 
 

@@ -22,6 +22,8 @@ class Scores(Mapping[str, float]):
         n: number of documents.
         ids: the documents' ids, where they were given.
         tagger: name of the tagger behind the decisive values.
+        tagger_fingerprint: sha256 of what it tags by (a lexicon, weights), where it has one; its name does not tell two
+            lexicons apart.
         settings: metric -> what else its values depend on, such as the sha256 of the weights behind RadGraph F1.
         statistics: metric -> per-document sufficient statistics [N, K], what `paired_difference` resamples.
         documents: digest of the references in their order; two systems can be compared only where it is equal.
@@ -40,6 +42,7 @@ class Scores(Mapping[str, float]):
     per_document: dict[str, list[float]] = field(default_factory=dict)
     ids: list[str] | None = None
     tagger: str | None = None
+    tagger_fingerprint: str | None = None
     settings: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
@@ -82,7 +85,7 @@ class Scores(Mapping[str, float]):
 
     @classmethod
     def from_json(cls, plain: dict) -> "Scores":
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`, also for what earlier versions wrote."""
         known = dict(plain)
         known["corpus"] = known.pop("values")
         known["statistics"] = {name: np.array(table, dtype=np.float64) for name, table in known["statistics"].items()}

@@ -58,7 +58,9 @@ def measure(system: Mapping, key: str) -> Measure | None:
     if key == "perplexity":
         value, interval = system.get("perplexity"), system.get("perplexity_interval")
     elif key == "eos_rate":
-        value, interval = scores.get(key, (system.get("finish") or {}).get("eos")), intervals.get(key)
+        ends = system.get("finish") or {}
+        by_itself = ends["eos"] + ends.get("stop", 0) if "eos" in ends else None
+        value, interval = scores.get(key, by_itself), intervals.get(key)
     else:
         value, interval = scores.get(key), intervals.get(key)
     if not _finite(value):

@@ -57,9 +57,12 @@ def split_words(text: str) -> list[re.Match]:
 
 def read_lexicon(path: Path) -> Lexicon:
     """Raises InputError for a missing or damaged file; it names the file, section, phrase and nearest valid key."""
-    content = _read(path)
-    fingerprint = hashlib.sha256(json.dumps(_normalised(content)).encode()).hexdigest()
-    return Lexicon(tuple(content["findings"]), _build_automaton(content, path), fingerprint)
+    try:
+        content = _read(path)
+        fingerprint = hashlib.sha256(json.dumps(_normalised(content)).encode()).hexdigest()
+        return Lexicon(tuple(content["findings"]), _build_automaton(content, path), fingerprint)
+    except RecursionError:
+        raise InputError(f"lexicon {path}: nested too deeply, or a phrase with too many words; shorten it") from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -85,6 +88,8 @@ def _read(path: Path) -> dict:
         raise InputError(f"lexicon {path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"lexicon {path}: not readable as YAML in UTF-8: {error}") from error
+    except ValueError as error:  # PyYAML makes dates of what looks like one
+        raise InputError(f"lexicon {path}: not readable as YAML: {error}; put such phrases in quotes") from error
     _check_keys(content, SECTIONS, path, "the file", required=("findings", "cues"))
     content = {"words": {}, "ignore": [], **content}
     for section in ("words", "findings", "cues"):
