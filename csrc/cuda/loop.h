@@ -68,8 +68,10 @@ class Loop {
             .has_condition = false};
   }
 
-  // Starts the graph, again and again where it holds a single step, and passes on what the device tells.
-  void run(const OwnStream& stream, const Graph& graph, bool repeats, int rows,
+  // Starts the graph, again and again where it holds a single step, and passes on what the device tells. An OwnStream
+  // and a Graph, or a test's, which is the device as slow as it can be.
+  template <class Stream, class StepGraph>
+  void run(const Stream& stream, const StepGraph& graph, bool repeats, int rows,
            const std::function<void(const engine::Choice*)>& taken, const std::function<bool()>& wants_stop) {
     std::vector<engine::Choice> choices(rows);
     graph.launch(stream);

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -12,6 +13,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/step.h"
+#include "cuda/loop.h"
 #include "cuda/step.h"
 #include "cuda_on_host/control.h"
 #include "engine/session.h"
@@ -200,6 +202,49 @@ void a_loop_ends_where_it_is_asked_to() {
   expect(result.finish == Finish::kCancelled && result.tokens.size() <= 5, "a loop went on after it was cancelled");
 }
 
+// A device that writes one thing whenever the host looks, in the order of advance_kernel, so that the host sees it
+// between any two.
+class SlowDevice {
+ public:
+  SlowDevice(const dive::cuda::Advance& arguments, int steps) {
+    for (int n = 1; n <= steps; ++n) {
+      writes_.push_back([=] { arguments.told[(n - 1) * arguments.most_rows] = {n, 0}; });
+      if (n == steps) writes_.push_back([=] { arguments.progress->over = 1; });
+      writes_.push_back([=] { arguments.progress->steps = n; });
+    }
+  }
+
+  void launch(const SlowDevice&) const {}
+  void wait() const {
+    while (!idle()) continue;
+  }
+  bool idle() const {
+    if (done_ == writes_.size()) return true;
+    writes_[done_++]();
+    return false;
+  }
+
+ private:
+  std::vector<std::function<void()>> writes_;
+  mutable std::size_t done_ = 0;
+};
+
+void every_step_of_a_loop_is_told() {
+  constexpr int kLength = 3;
+  dive::cuda::Loop loop(1, 8);
+  const std::vector<std::int64_t> eos;
+  const Sampling sampling{};
+  LoopRow row{};
+  row.sampling = &sampling;
+  row.eos = &eos;
+  const dive::cuda::OwnStream stream;
+  loop.start(stream, {row}, 1, kLength);
+  const SlowDevice device(loop.arguments(nullptr, nullptr, nullptr, nullptr), kLength);
+  std::vector<std::int64_t> told;
+  loop.run(device, device, true, 1, [&](const Choice* choice) { told.push_back(choice->token); }, [] { return false; });
+  expect(told == std::vector<std::int64_t>{1, 2, 3}, std::to_string(told.size()) + " of 3 steps were told");
+}
+
 // Every call of the runtime fails once: an error that names it, and nothing is left behind.
 void every_failure_arrives() {
   const Model model = model_of(4);
@@ -241,6 +286,7 @@ int main() {
       {"steering adds nothing of blocks without columns", steering_adds_nothing_of_blocks_without_columns},
       {"logits depend on the row alone", logits_depend_on_the_row_alone},
       {"the device's loop gives what the host's sampler gives", the_devices_loop_gives_what_the_hosts_sampler_gives},
+      {"every step of a loop is told", every_step_of_a_loop_is_told},
       {"a loop ends where it is asked to", a_loop_ends_where_it_is_asked_to},
       {"every failure arrives", every_failure_arrives},
   });
