@@ -14,7 +14,7 @@ from torch import nn
 from dive_fast.devices import on_device, placement
 from dive_fast.errors import InputError
 from dive_fast.models.backbone import load_backbone
-from dive_fast.models.fingerprint import model_fingerprint
+from dive_fast.models.fingerprint import forward_settings, model_fingerprint
 from dive_fast.models.processors import image_backend
 from dive_fast.steering import DiveConfig
 
@@ -50,8 +50,9 @@ def adapted(model_or_path, processor, steering: peft.PeftConfig | None) -> tuple
             )
         _refuse_unfit(model.active_peft_config, "model")
         _refuse_adapted_head(model)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            model.set_adapter(model.active_adapters[0])  # `load` gives it for inference, without gradients
+        [active] = model.active_adapters
+        if not any(p.requires_grad for name, p in model.named_parameters() if active in name.split(".")):
+            model.set_adapter(active)  # `load` gives it for inference, without gradients
     else:
         model = with_adapter(model, steering or DiveConfig())
     return model, processor
@@ -199,9 +200,13 @@ def load(base_or_path, adapter_dir, *, dtype=None, device=None) -> peft.PeftMode
     return model.eval()
 
 
-def base_settings(base: nn.Module) -> dict[str, str]:
+def base_settings(base: nn.Module) -> dict:
     """Which frozen model an adapter is trained on, as JSON values."""
-    return {"dtype": str(base.dtype), "fingerprint": model_fingerprint(base, any_dtype=True)}
+    return {
+        "dtype": str(base.dtype),
+        "fingerprint": model_fingerprint(base, any_dtype=True),
+        "settings": forward_settings(base),
+    }
 
 
 def _noted(folder: Path) -> dict:
@@ -230,6 +235,7 @@ def _warn_of_other_weights(model: peft.PeftModel, folder: Path, noted: dict) -> 
     """An adapter fits every model of its shape; what it does to another one than its own, nothing has measured."""
     try:
         trained = {name: noted["model"][name] for name in ("dtype", "fingerprint")}
+        settings = noted["model"].get("settings", {})  # earlier versions noted none
     except (TypeError, KeyError):
         return
     base = model.get_base_model()
@@ -238,7 +244,8 @@ def _warn_of_other_weights(model: peft.PeftModel, folder: Path, noted: dict) -> 
     now = base_settings(base)
     dtypes = {trained["dtype"], now["dtype"]}
     comparable = len(dtypes) == 1 or str(torch.float16) not in dtypes
-    if comparable and now["fingerprint"] != trained["fingerprint"]:
+    other_weights = comparable and now["fingerprint"] != trained["fingerprint"]
+    if other_weights or _disagree(settings, now["settings"]):
         name = model.active_peft_config.base_model_name_or_path
         logger.warning(
             "adapter_dir: %s was trained on another model of the same shape%s, whose weights or settings (rope's, say) "
@@ -246,6 +253,13 @@ def _warn_of_other_weights(model: peft.PeftModel, folder: Path, noted: dict) -> 
             folder,
             f" ({name})" if name else "",
         )
+
+
+def _disagree(a, b) -> bool:
+    """Whether two settings differ in what both name; releases of transformers name more and less."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return any(_disagree(a[key], b[key]) for key in a.keys() & b.keys())
+    return a != b
 
 
 def _stored_config(folder: Path) -> peft.PeftConfig:

@@ -413,7 +413,7 @@ def report(args: Namespace) -> int:
     """A result file as a page."""
     from dive_fast.report import write_report
 
-    files.check_file("--output", args.output, [args.result])
+    files.check_file("--output", args.output, [args.result], devices=True)
     result = files.read_json(args.result)
     with files.writing("--output", Path(args.output)):
         page = write_report(result, args.output)

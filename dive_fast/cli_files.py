@@ -180,11 +180,14 @@ def _partial(path: Path, overwrite: bool) -> Path:
     return part
 
 
-def check_file(option: str, path: str | Path, inputs: Iterable[str | Path | None] = ()) -> Path:
+def check_file(
+    option: str, path: str | Path, inputs: Iterable[str | Path | None] = (), *, devices: bool = False
+) -> Path:
     """The path of a file to be written, checked before any work is done for it.
 
     Args:
         inputs: what the command reads; names of other things than files are passed over.
+        devices: the command writes to a device or a pipe, such as /dev/stdout, where it is given one.
 
     Raises:
         InputError: the path is a folder, a device or one of the `inputs`, or lies where nothing can be written.
@@ -193,6 +196,8 @@ def check_file(option: str, path: str | Path, inputs: Iterable[str | Path | None
     if path.is_dir():
         raise InputError(f"{option}: expected a file, {path} is a folder")
     if path.exists():
+        if not path.is_file() and devices:
+            return path
         if not path.is_file():
             raise InputError(f"{option}: expected a file, {path} is a device or a pipe; name a file")
         if any(source is not None and os.path.exists(source) and path.samefile(source) for source in inputs):

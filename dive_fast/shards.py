@@ -88,7 +88,8 @@ class Shards:
         Raises:
             InputError: a shard is missing or damaged, or the disk refuses the output.
         """
-        part, count = self.output.with_name(self.output.name + ".part"), 0
+        # Not the .part that predictions of one process gather in, which somebody may want to keep.
+        part, count = self.output.with_name(self.output.name + ".joining"), 0
         try:
             with open(part, "w", encoding="utf-8") as file:
                 for index in range(len(self)):
@@ -135,7 +136,7 @@ def records_fingerprint(records: Iterable[Record]) -> str:
     """A hash of everything in the records that a prediction or its row depends on."""
     digest = hashlib.sha256()
     for record in records:
-        images = [image_key(image) for image in record.images]
+        images = [image_key(image, pixels=True) for image in record.images]
         digest.update(json.dumps([record.id, record.prompt, record.report, images]).encode())
     return digest.hexdigest()
 

@@ -29,7 +29,7 @@ from dive_fast.errors import InputError
 from dive_fast.models.backbone import products_are_slow
 from dive_fast.models.head import check_head
 from dive_fast.models.processors import image_backend
-from dive_fast.models.spec import text_config_of
+from dive_fast.models.spec import decoder_of, text_config_of
 from dive_fast.run_settings import changes, read_settings
 from dive_fast.sharding import any_process
 from dive_fast.supervision import Supervision, Teacher
@@ -134,7 +134,9 @@ def train(
     except BaseException:
         given = isinstance(model_or_path, nn.Module) and not isinstance(model_or_path, peft.PeftModel)
         if given and not arguments.fsdp:
-            model.unload()  # the caller's model as it was, for another attempt
+            # The caller's model as it was, for another attempt.
+            _take_off(model.get_base_model(), arguments)
+            model.unload()
         raise
 
 
@@ -335,13 +337,19 @@ def _metrics_of(output_dir: Path) -> dict:
 def _as_loaded(trainer: DiveTrainer) -> peft.PeftModel:
     """The model as `load` gives it, without what training put around its forward passes."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-    base = model.get_base_model()
-    if trainer.args.gradient_checkpointing:
+    _take_off(model.get_base_model(), trainer.args)
+    return model
+
+
+def _take_off(base: nn.Module, arguments) -> None:
+    """Undo what the arguments have training put around a model's forward passes."""
+    if arguments.gradient_checkpointing or getattr(arguments, "selective_checkpointing", False):
         base.gradient_checkpointing_disable()
-    if trainer.args.gradient_checkpointing or getattr(trainer.args, "selective_checkpointing", False):
         # The hooks that let gradients begin at the embedding; the decoding engine would refuse to pass them by.
         base.disable_input_require_grads()
-    return model
+    if arguments.torch_compile:
+        for layer in decoder_of(base).layers:
+            layer._compiled_call_impl = None
 
 
 _interrupted = threading.Event()

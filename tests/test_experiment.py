@@ -446,7 +446,7 @@ def test_a_full_disk_is_said_with_the_folder(home, whole, tmp_path, monkeypatch)
     code, answer = worker._outcome(asked)
     assert code == 2 and re.match(f"output: .*{tmp_path} cannot be made .*No space left", answer["error"])
     for _ in ("results.json", "scores.json"):
-        with pytest.raises(InputError, match=f"output: {whole} cannot be written .No space left.* free disk space"):
+        with pytest.raises(InputError, match=f"output: {whole}.* cannot be written .No space left.* free disk space"):
             write_results(Console(quiet=True), found, Scorer(Evaluation(**config.evaluation)), "")
         monkeypatch.setattr(Scorer, "_kept", lambda *_: None)
 

@@ -47,11 +47,11 @@ def test_evaluations_on_the_way_see_the_adapter_as_it_is(tmp_path, kind):
 def test_one_base_model_holds_one_peft_model(tmp_path):
     base = tiny_llama()
     first = run(tmp_path / "first", base, args=FAST)
+    before = nll(first.model)
     with pytest.raises(InputError, match="model: its layers hold adapters of an earlier PEFT model"):
         run(tmp_path / "second", base)
     with pytest.raises(InputError, match="base_or_path: its layers hold adapters"):
         dive_fast.load(base, first.adapter_dir)
-    before = nll(first.model)
     assert nll(first.model) == before
     again = run(tmp_path / "second", first.model.unload(), args=FAST)
     assert losses(again) == losses(first)
@@ -65,6 +65,20 @@ def test_an_attempt_that_fails_leaves_the_model_as_it_was(tmp_path, steering):
         run(tmp_path, base, records=[Record("long", "p", "word " * 3000), *RECORDS], steering=steering)
     assert list(base.state_dict()) == names
     run(tmp_path, base, steering=steering, args={"max_steps": 1})
+
+
+@pytest.mark.parametrize("how", ["gradient_checkpointing", "selective_checkpointing"])
+def test_after_an_attempt_that_fails_the_engine_runs_the_model(tmp_path, monkeypatch, how):
+    def fails(*args, **kwargs):
+        raise InputError("training: no")
+
+    base = tiny_llama()
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="training: no"):
+        patched.setattr("dive_fast.trainer.DiveTrainer.compute_loss", fails)
+        run(tmp_path, base, args={how: True})
+    assert not base.is_gradient_checkpointing
+    prompt = tiny_tokenizer()("Indication: cough.", return_tensors="pt")
+    assert dive_fast.generate(base, dict(prompt), max_new_tokens=2).stats["engine"] == "native"
 
 
 def test_an_adapter_of_any_name_is_saved_where_load_looks(tmp_path):
@@ -139,7 +153,8 @@ def test_films_may_move_and_may_not_change_places(tmp_path, teacher):
         folder.mkdir()
         found = []
         for i, film in enumerate(dive_fast.data.generated_films(6)):
-            path = folder / f"{i}.png"
+            path = folder / f"patient{i}" / "study1" / "frontal.bmp"  # all of one size
+            path.parent.mkdir(parents=True)
             film.images[0].save(path)
             found.append(Record(film.id, film.prompt, film.report, (str(path),)))
         return found
@@ -168,7 +183,7 @@ def test_another_rope_is_another_model(tmp_path, caplog):
 
     result = run(tmp_path, model(1e4), args=SAVING)
     cut_off(tmp_path / "run")
-    with pytest.raises(InputError, match="model.fingerprint"):
+    with pytest.raises(InputError, match="model.settings.rope_parameters.rope_theta"):
         run(tmp_path, model(1e6), args=SAVING, resume=True)
     run(tmp_path, model(1e4), args=SAVING, resume=True)
     dive_fast.load(model(1e4), result.adapter_dir)

@@ -108,7 +108,7 @@ class DemonstrationPool:
         digest = hashlib.sha256()
         digest.update(json.dumps(["demonstrations-2", self.shots, self.how, self.seed]).encode())
         for record in self.pool:
-            images = [image_key(image) for image in record.images]
+            images = [image_key(image, pixels=True) for image in record.images]
             digest.update(json.dumps([record.id, record.prompt, record.report, images, record.patient]).encode())
         return digest.hexdigest()
 

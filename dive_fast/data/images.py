@@ -2,10 +2,14 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from dive_fast.errors import InputError
+
+_PATH_END = 3
+"""Parts of a path that name a film: under patient and study in MIMIC-CXR, by one name in all of CheXpert's studies."""
 
 
 class StoredImage:
@@ -23,17 +27,30 @@ class StoredImage:
         return f"StoredImage({self.key!r})"
 
 
-def image_key(image) -> list:
-    """What tells an image of a record from another, wherever it lies, for fingerprints: JSON values.
+def image_key(image, *, pixels: bool = False) -> list:
+    """What tells an image of a record from another, wherever the data lie, for fingerprints: JSON values.
 
-    A file counts by its name and size: data that were copied to another folder are the same data.
+    A file counts by the end of its path and by its size, so that data may be moved as a whole; encoded bytes count by
+    their content, and an image in memory by its size, since its pixels may not be decoded yet.
+
+    Args:
+        pixels: read those of an image in memory as well, which decodes it.
     """
-    if isinstance(image, str | Path):
+    if isinstance(image, str | os.PathLike):
         path = Path(image)
-        return [path.name, path.stat().st_size if path.is_file() else None]
+        try:
+            size = path.stat().st_size
+        except OSError:
+            size = None
+        return ["/".join(path.parts[-_PATH_END:]), size]
     if isinstance(image, StoredImage):
         return [image.key]
-    return [image.mode, *image.size, hashlib.sha256(image.tobytes()).hexdigest()]
+    if isinstance(image, bytes):
+        return [hashlib.sha256(image).hexdigest()]
+    shape = list(getattr(image, "size", ())) if isinstance(getattr(image, "size", None), tuple) else []
+    if pixels and shape:
+        return [image.mode, *shape, hashlib.sha256(image.tobytes()).hexdigest()]
+    return [type(image).__name__, *shape]
 
 
 def load_image(image, *, record_id: str):

@@ -150,12 +150,12 @@ class Prefill:
             tokens = torch.tensor(sorted(self.image_tokens), device=batch["input_ids"].device)
             images = torch.isin(batch["input_ids"], tokens).sum(dim=1).tolist()
         roots = []
+        # Whole adapters are read for these.
+        adapters = {name: self._adapter(name) for name, scope in self.scopes.items() if scope in ("prompt", "all")}
         for row in range(len(batch["input_ids"])):
             acting = self.scopes if names is None else [names[row]]
             own = common.copy()
-            own.update(
-                repr([self._adapter(name) for name in acting if self.scopes.get(name) in ("prompt", "all")]).encode()
-            )
+            own.update(repr([adapters[name] for name in acting if name in adapters]).encode())
             if pixels:
                 own.update(repr((row, images)).encode())
             roots.append(own.digest())

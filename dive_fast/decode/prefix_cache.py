@@ -21,6 +21,7 @@ from dive_fast.models.writes import write_count
 BLOCK = 16
 """Tokens that are reused together: prompts that share fewer share nothing."""
 
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 _numbers = WeakIdKeyDictionary()
 _count = itertools.count()
 
@@ -43,13 +44,10 @@ def digest_of(parameters: Sequence[nn.Parameter]) -> list[int]:
     """A number per parameter that differs after any change of its values; reads all of them."""
     digests = []
     for parameter in parameters:
-        words = parameter.detach().reshape(-1).view(torch.uint8)
-        if words.numel() % 4 == 0:
-            words = words.view(torch.int32)
-        words = words.long()
+        words = parameter.detach().reshape(-1).view(_WORDS[parameter.element_size()]).long()
         # Odd factors, so that no change of one word is lost, and different ones, so that words cannot be exchanged.
         digests.append((words * (2 * torch.arange(len(words), device=words.device) + 1)).sum())
-    return torch.stack([digest.cpu() for digest in digests]).tolist() if digests else []
+    return [int(digest) for digest in digests]
 
 
 def chain(root: bytes, *tokens: Sequence[int]) -> list[bytes]:

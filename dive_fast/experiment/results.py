@@ -74,7 +74,7 @@ def write_results(console, found: Finished, scorer: Scorer, command: str) -> Non
         console.print(f"Not finished, and not in the results: {', '.join(found.missing)}.", markup=False)
     if not found.systems:
         return
-    with console.status("Scoring the reports"), found.folder.writing():
+    with console.status("Scoring the reports"):
         scores = {name: [scorer.score(found.data.test, piece) for piece in runs] for name, runs in found.pieces.items()}
     result = result_of(found, scores) | {"command": command}
     root = found.folder.root

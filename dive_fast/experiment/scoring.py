@@ -78,7 +78,13 @@ class Scorer:
             if chosen is None or len(chosen) > 1
         }
         plain = {part: scores.to_json() for part, scores in found.items()}
-        checkpoints.write_json(piece.file(FILE), {"key": key, "parts": plain})
+        try:
+            checkpoints.write_json(piece.file(FILE), {"key": key, "parts": plain})
+        except OSError as error:
+            raise InputError(
+                f"output: {piece.folder} cannot be written ({error.strerror or error}); free disk space and start the "
+                "same command again, which goes on"
+            ) from error
         return found
 
     def _score(self, records, texts, reasons, likelihoods, rows) -> Scores:

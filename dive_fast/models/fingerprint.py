@@ -38,8 +38,7 @@ SAMPLED_VALUES = 256
 
 
 def model_fingerprint(model: nn.Module, *, any_dtype: bool = False) -> str:
-    """sha256 over names, shapes, dtypes and evenly spaced values of the frozen parameters and buffers, and over the
-    settings of the decoder's forward pass that are no weights, such as rope's.
+    """sha256 over names, shapes, dtypes and evenly spaced values of the frozen parameters and buffers.
 
     Adapters inside the model are no part of it, so that it is the same with any of them and with none.
 
@@ -48,7 +47,6 @@ def model_fingerprint(model: nn.Module, *, any_dtype: bool = False) -> str:
             fingerprint. float16 has its own, since it rounds otherwise.
     """
     digest = hashlib.sha256()
-    digest.update(json.dumps(_settings(model), sort_keys=True, default=str).encode())
     for name, tensor in sorted(_frozen_tensors(model).items()):
         flat = tensor.detach().reshape(-1)
         count = min(flat.numel(), SAMPLED_VALUES)
@@ -62,11 +60,13 @@ def model_fingerprint(model: nn.Module, *, any_dtype: bool = False) -> str:
     return digest.hexdigest()
 
 
-def _settings(model: nn.Module) -> dict:
+def forward_settings(model: nn.Module) -> dict:
+    """What else the decoder's forward pass depends on, rope's settings among it, as JSON values."""
     if not hasattr(model, "config"):
         return {}
     config = text_config_of(model).to_dict()
-    return {name: config[name] for name in _SETTINGS if config.get(name) is not None}
+    found = {name: config[name] for name in _SETTINGS if config.get(name) is not None}
+    return json.loads(json.dumps(found, default=str))
 
 
 def _frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ divergence to any student with the same head is exact (see `dive_fast.ops.teache
 N response tokens, D hidden size, K most probable tokens, L layers.
 """
 
+import json
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from dive_fast.data.demonstrations import DemonstrationPool
 from dive_fast.data.encoding import ReportEncoder, append_responses
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
-from dive_fast.models.fingerprint import model_fingerprint
+from dive_fast.models.fingerprint import forward_settings, model_fingerprint
 from dive_fast.models.head import head_of
 from dive_fast.models.hidden import hidden_states
 from dive_fast.models.modes import evaluating
@@ -111,7 +112,7 @@ class TeacherRunner:
         self.head = head_of(base)
         self.layers, self.disagreement = layers, disagreement
         self.cache = TensorCache(cache_dir) if cache_dir is not None else None
-        self.fingerprint = model_fingerprint(base) if self.cache is not None else ""
+        self.fingerprint = _fingerprint(base) if self.cache is not None else ""
         self.memory: dict[str, dict[str, torch.Tensor]] = {}
         self.memory_left = memory_bytes
         self.passes = 0
@@ -227,6 +228,10 @@ class TeacherRunner:
             return_stats=True,
         )
         return stats.kl
+
+
+def _fingerprint(model: nn.Module) -> str:
+    return f"{model_fingerprint(model)} {json.dumps(forward_settings(model), sort_keys=True)}"
 
 
 def _statistics(tensors: dict[str, torch.Tensor]) -> ops.TeacherStatistics | None:

@@ -129,6 +129,9 @@ def _fused(residual, update, mask, adapter_index, norm_weight, adapter, backend,
             return value.reshape(-1).float().expand(count)
         return torch.full((count,), value, dtype=torch.float32, device=residual.device)
 
+    if update is not None and residual.is_leaf and update.is_leaf and residual.requires_grad and update.requires_grad:
+        # Both have one gradient, which leaves would keep and add to in place; a product's is a tensor of its own.
+        update = update * 1
     direction, offset = adapter["gate"] or (None, None)
     steered, normalized, _ = torch.ops.dive_fast.steer(
         rows(residual),

@@ -109,8 +109,6 @@ def _backward(ctx, grad_steered, grad_normalized, _):
     by_name = dict(zip(wanted, found, strict=True))
     for position, name in names.items():
         gradients[position] = by_name[name].to(tensors[position].dtype)
-    if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
-        gradients[1] = gradients[0].clone()  # whoever adds up gradients in place must not meet both in one tensor
     return tuple(gradients)
 
 

@@ -91,8 +91,9 @@ def steer_bwd_parameters_kernel(
     if WANT_DOWN:
         at = down_ptr + (split * R + ranks)[:, None] * D + columns[None, :]
         tl.store(at, down, mask=in_rank[:, None] & in_cols[None, :])
-    # The programs of the other rank blocks have the same sums.
-    alone = in_cols & (tl.program_id(1) == 0)
+    # The programs of the other rank blocks have the same sums. A tensor is compared, not the number alone, of which the
+    # interpreter of Triton 3.9 makes no mask.
+    alone = in_cols & (tl.zeros_like(columns) + tl.program_id(1) == 0)
     if WANT_STATIC:
         tl.store(static_ptr + split * D + columns, static, mask=alone)
     if WANT_GATE:
