@@ -118,6 +118,7 @@ KERNEL_TESTS = (
     "tests/test_ops_steer_triton.py",
     "tests/test_ops_linear_cross_entropy_triton.py",
     "tests/test_ops_linear_cross_entropy_fused.py",
+    "tests/test_ops_linear_cross_entropy_inputs.py",
 )
 
 

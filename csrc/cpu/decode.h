@@ -111,8 +111,8 @@ void argmax(const Worker& worker, const float* logits, int batch, std::int64_t v
 // limit that project() is measured against.
 std::uint32_t read_memory(const void* data, std::int64_t bytes, Isa isa, int threads);
 
-// A number that changes, but for one chance in 2^32 or less, when any word of whole cache lines does, or its place. The
-// same for every level and number of threads.
+// A number that tells contents of whole cache lines apart, by their words and by where these stand: any change of one
+// word, and but for chances of about 2^-32 of several. The same for every level and number of threads.
 std::uint64_t digest_memory(const void* data, std::int64_t bytes, Isa isa, int threads);
 
 }  // namespace dive::cpu

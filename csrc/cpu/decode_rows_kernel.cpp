@@ -60,48 +60,42 @@ void narrow_range(const float* x, std::int64_t count, DType dtype, void* out) {
   });
 }
 
-std::uint32_t read_range(const void* data, std::int64_t bytes) {
-  constexpr std::int64_t kLine = 64;
+// A cache line's words, as vectors.
+constexpr std::int64_t kLine = 64, kLineVectors = kLine / static_cast<std::int64_t>(sizeof(vu));
+
+// Folds whole cache lines into `sums` by add(sum, words), asking for memory ahead.
+template <class F>
+void fold_lines(const void* data, std::int64_t bytes, vu (&sums)[kLineVectors], F add) {
   const char* p = static_cast<const char*>(data);
   const Ahead ahead{true};
-  vi sums[64 / sizeof(vi)] = {};
   std::int64_t touched = 0;
   for (std::int64_t i = 0; i + kLine <= bytes; i += kLine) {
     if (i >= touched) {
       ahead.touch(p + i);
       touched += kTouch;
     }
-    unroll<64 / sizeof(vi)>([&](auto j) {
-      vi v;
-      std::memcpy(&v, p + i + j * sizeof(vi), sizeof v);
-      sums[j] += v;
+    unroll<kLineVectors>([&](auto j) {
+      vu v;
+      std::memcpy(&v, p + i + j * sizeof(vu), sizeof v);
+      sums[j] = add(sums[j], v);
     });
   }
+}
+
+std::uint32_t read_range(const void* data, std::int64_t bytes) {
+  vu sums[kLineVectors] = {};
+  fold_lines(data, bytes, sums, [](vu sum, vu words) { return sum + words; });
   std::uint32_t total = 0;
-  for (const vi& v : sums) {
-    for (int lane = 0; lane < kLanes; ++lane) total += static_cast<std::uint32_t>(v[lane]);
+  for (const vu& v : sums) {
+    for (int lane = 0; lane < kLanes; ++lane) total += v[lane];
   }
   return total;
 }
 
 std::uint64_t digest_range(const void* data, std::int64_t bytes, std::uint64_t place) {
-  constexpr std::int64_t kLine = 64;
-  const char* p = static_cast<const char*>(data);
-  const Ahead ahead{true};
   // Turned from line to line, so that words which change places or change alike do not cancel.
-  vu sums[64 / sizeof(vu)] = {};
-  std::int64_t touched = 0;
-  for (std::int64_t i = 0; i + kLine <= bytes; i += kLine) {
-    if (i >= touched) {
-      ahead.touch(p + i);
-      touched += kTouch;
-    }
-    unroll<64 / sizeof(vu)>([&](auto j) {
-      vu v;
-      std::memcpy(&v, p + i + j * sizeof(vu), sizeof v);
-      sums[j] = (sums[j] << 5 | sums[j] >> 27) + v;
-    });
-  }
+  vu sums[kLineVectors] = {};
+  fold_lines(data, bytes, sums, [](vu sum, vu words) { return (sum << 5 | sum >> 27) + words; });
   std::uint64_t total = 0;
   std::uint64_t word = place * (kLine / 4);
   for (const vu& v : sums) {
