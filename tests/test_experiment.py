@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -26,7 +25,6 @@ from dive_fast.errors import InputError
 from dive_fast.experiment import run as loop
 from dive_fast.experiment import worker
 from dive_fast.experiment.inputs import load_experiment_data, training_records
-from dive_fast.experiment.memory import PeakMemory
 from dive_fast.experiment.pieces import Folder
 from dive_fast.experiment.results import finished, write_results
 from dive_fast.experiment.run import ExperimentInterrupted, run
@@ -482,33 +480,3 @@ def test_an_error_in_a_piece_is_the_commands_error(home, tmp_path, capsys):
 def test_the_command_refuses_before_it_starts(home, in_process, capsys, argv, words):
     assert cli.main(["experiment", *(str(home / "exp.yaml") if part == "EXP" else part for part in argv)]) == 2
     assert words in capsys.readouterr().err and in_process == []
-
-
-def test_one_peak_does_not_inherit_another():
-    before = PeakMemory(torch.device("cpu"))
-    large = torch.ones(60_000_000)
-    assert before.bytes() > large.numel() * 4
-    del large
-    first, after = before.bytes(), PeakMemory(torch.device("cpu"))
-    if after.kind != "resident set":
-        pytest.skip("the kernel does not let a process reset its peak of memory")
-    assert after.bytes() < first - 1e8
-
-
-def test_a_teacher_pass_that_was_cut_off_counts_what_it_noted(tmp_path, monkeypatch):
-    """Ten passes; the first process noted its first eight and was killed after nine."""
-    runner = type("Runner", (), {"passes": 0})()
-    clock = [0.0]
-    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-
-    def passes(notes, records):
-        for _ in notes.track(runner, records):
-            runner.passes += 1
-            clock[0] += 0.01
-
-    first = worker._Notes(tmp_path / "seed-0.part")
-    passes(first, range(9))
-    second = worker._Notes(tmp_path / "seed-0.part")
-    assert (second.passes, second.seconds) == (8, json.loads((tmp_path / "seed-0.part").read_text())["seconds"])
-    passes(second, range(1))
-    assert second.passes == 9 and second.seconds == pytest.approx(0.09)
