@@ -138,7 +138,7 @@ def test_the_page_is_one_file_and_holds_everything(report):
     assert len(re.findall(r'<img alt="[^"]+" src="data:image/svg', page)) == sum(
         len(c.plots) for c in CHAPTERS.values()
     )
-    for text in ("Of 51 targets", "Example CPU, 2 cores", "not measured", "&lt;LoRA&gt;", "Liger: its kernels"):
+    for text in ("Of 60 targets", "Example CPU, 2 cores", "not measured", "&lt;LoRA&gt;", "Liger: its kernels"):
         assert text in page, text
     assert "<LoRA>" not in page
 

@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
 
 from benchmarks import decode_models, decode_peers, decode_problems, test_decode, train_steps  # noqa: E402
 from benchmarks.decode_problems import CHECKED_ROWS, UNSTEERED, Problem, Steering, cache_bytes, check  # noqa: E402
+from dive_fast.bench.targets import TARGETS  # noqa: E402
 from dive_fast.ops.linear_cross_entropy import spec  # noqa: E402
 
 TINY = Problem("tiny", 2, torch.float32, prompt_tokens=5, new_tokens=4)
@@ -112,3 +113,15 @@ def test_the_gpu_scale_asks_for_everything_that_is_promised():
     assert all(problem.device == "cuda" and problem.prompt_tokens == 1024 for problem, _, _ in cases)
     peers = test_decode.ratio_peers(cases[0][0], cases[0][1])
     assert list(peers) == ["transformers", "transformers static compiled"]
+
+
+def test_targets_on_a_gpu_name_the_problems_and_peers_that_are_compared():
+    named = {
+        (t.where["problem"], t.figure[1]) for t in TARGETS if t.figure[0] == "ratios" and "cuda" in t.where.values()
+    }
+    compared = {
+        (str(problem), peer)
+        for problem, ours in test_decode.ratio_cases("gpu")
+        for peer in test_decode.ratio_peers(problem, ours)
+    }
+    assert named == compared
