@@ -73,8 +73,9 @@ struct Prompts {
   }
 };
 
-Model model_of(std::uint64_t seed, std::int64_t hidden_size = 0) {
-  return Model(seed, {.unit = 8, .dtype = static_cast<DType>(seed % 3), .hidden_size = hidden_size});
+Model model_of(std::uint64_t seed, std::int64_t hidden_size = 0, int head_size = 0) {
+  const auto dtype = static_cast<DType>(seed % 3);
+  return Model(seed, {.unit = 8, .dtype = dtype, .hidden_size = hidden_size, .head_size = head_size});
 }
 
 // |a - b| over the largest |b|.
@@ -88,11 +89,11 @@ double difference(const std::vector<float>& a, const std::vector<float>& b) {
   return error / largest;
 }
 
-void expect_the_cpu_steps_logits(std::uint64_t seed, std::int64_t hidden_size, int rows) {
+void expect_the_cpu_steps_logits(std::uint64_t seed, int rows, std::int64_t hidden_size = 0, int head_size = 0) {
   // Where weights have half precision, so have the numbers that they multiply, unlike on the CPU: 2^-9 and 2^-12 a
   // rounding, some tens of them on the way.
   const double allowed[] = {2e-5, 5e-2, 8e-3};
-  const Model model = model_of(seed, hidden_size);
+  const Model model = model_of(seed, hidden_size, head_size);
   Prompts prompts(model, rows, seed);
   const std::vector<float> expected =
       prompts.decode(model, dive::cpu::make_stepper(model.plan, rows, 1, dive::cpu::best_isa()), rows);
@@ -101,19 +102,30 @@ void expect_the_cpu_steps_logits(std::uint64_t seed, std::int64_t hidden_size, i
     const std::vector<float> found = prompts.decode(model, dive::cuda::make_stepper(model.plan, rows, 0, form), rows);
     const double error = difference(found, expected);
     expect(error <= allowed[seed % 3], "seed " + std::to_string(seed) + ", hidden size " + std::to_string(hidden_size) +
+                                           ", head size " + std::to_string(head_size) +
                                            (form == StepForm::kBest ? "" : ", plain") + ": logits differ by " +
                                            std::to_string(error));
   }
 }
 
 void logits_are_the_cpu_steps() {
-  for (std::uint64_t seed = 0; seed < 12; ++seed) expect_the_cpu_steps_logits(seed, 0, 5);
+  for (std::uint64_t seed = 0; seed < 12; ++seed) expect_the_cpu_steps_logits(seed, 5);
 }
 
 // Sizes that leave the last blocks of a cluster without a column: of 8 blocks, and of 16 in Qwen2.5-0.5B,
 // SmolLM2-360M and Gemma3-1B.
 void steering_adds_nothing_of_blocks_without_columns() {
-  for (const std::int64_t hidden_size : {400, 896, 960, 1152}) expect_the_cpu_steps_logits(0, hidden_size, 2);
+  for (const std::int64_t hidden_size : {400, 896, 960, 1152}) expect_the_cpu_steps_logits(0, 2, hidden_size);
+}
+
+// Sizes of heads as models have them, larger than those drawn, and more rows. (Of decoders drawn at random, some answer
+// a rounding with hundreds of times as much; these do not.)
+void heads_and_batches_are_as_large_as_models_have_them() {
+  constexpr struct {
+    std::uint64_t seed;
+    int head_size, rows;
+  } kCases[] = {{0, 256, 9}, {1, 64, 16}, {2, 128, 33}, {4, 80, 64}, {6, 96, 17}, {8, 112, 12}};
+  for (const auto& [seed, head_size, rows] : kCases) expect_the_cpu_steps_logits(seed, rows, 0, head_size);
 }
 
 void logits_depend_on_the_row_alone() {
@@ -284,6 +296,7 @@ int main() {
   run_tests({
       {"logits are the CPU step's", logits_are_the_cpu_steps},
       {"steering adds nothing of blocks without columns", steering_adds_nothing_of_blocks_without_columns},
+      {"heads and batches are as large as models have them", heads_and_batches_are_as_large_as_models_have_them},
       {"logits depend on the row alone", logits_depend_on_the_row_alone},
       {"the device's loop gives what the host's sampler gives", the_devices_loop_gives_what_the_hosts_sampler_gives},
       {"every step of a loop is told", every_step_of_a_loop_is_told},

@@ -37,12 +37,13 @@ struct Random {
   float number(float center, float spread) { return center + spread * (static_cast<float>(below(2001)) / 1000 - 1); }
 };
 
-// What the sizes of a decoder are multiples of, whether all its matrices have one dtype, as some devices want it, and a
-// hidden size to be steered at, where it is not drawn.
+// What the sizes of a decoder are multiples of, whether all its matrices have one dtype, as some devices want it, and,
+// where they are not drawn, a hidden size to be steered at and the size of a head.
 struct Shape {
   std::int64_t unit = 1;
   std::optional<DType> dtype;
   std::int64_t hidden_size = 0;
+  int head_size = 0;
 };
 
 class Memory {
@@ -136,6 +137,7 @@ struct Model {
     // Large enough, now and then, for workers to share an adapter's products.
     plan.hidden_size = size(random.coin() ? 70 : 400);
     if (shape.hidden_size) plan.hidden_size = shape.hidden_size;
+    if (shape.head_size) plan.head_size = shape.head_size;
     plan.intermediate_size = size(90);
     plan.vocabulary = 2 + random.below(400);
     plan.attention_scale = 1 / std::sqrt(static_cast<float>(plan.head_size));
