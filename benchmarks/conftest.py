@@ -78,17 +78,18 @@ def scale(request) -> measure.Scale:
     return measure.SCALES[request.config.option.scale]
 
 
-@pytest.fixture(autouse=True)
-def keep_record(request):
-    """Every finished measurement goes to the results."""
-    yield
-    fixture = request.node.funcargs.get("benchmark")
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Every finished measurement goes to the results; one whose test did not pass lacks what the test says of it."""
+    report = yield
+    fixture = (item.funcargs or {}).get("benchmark") if report.when == "call" and report.passed else None
     if fixture is not None and fixture.stats is not None:
-        records, path = request.config.stash[RECORDS], request.config.option.results
+        records, path = item.config.stash[RECORDS], item.config.option.results
         records.append(results.record(fixture))
         # Now rather than at the end: what runs next may take this process with it.
         if path is not None:
-            results.write(path, records, request.config.option.scale, machine.facts())
+            results.write(path, records, item.config.option.scale, machine.facts())
+    return report
 
 
 def pytest_terminal_summary(terminalreporter, config):

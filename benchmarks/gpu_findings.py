@@ -44,11 +44,17 @@ def _first_line(text: str | None) -> str:
 
 
 def read_sanitizer(output: str) -> dict:
-    """{"errors": count or None where the tool came to no conclusion, "summary": its last line about that}."""
+    """{"errors": count or None where the tool came to no conclusion, "summary": its last line about that}.
+
+    What a tool reported before it was cut off counts without its summary.
+    """
     summaries = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", output)
     # racecheck counts hazards and, of these, errors and warnings.
     counts = [re.search(r"\((\d+) error", line) or re.search(r"SUMMARY: (\d+)", line) for line in summaries]
     counts = [int(count[1]) for count in counts if count]
+    if not summaries:
+        summaries = re.findall(r"=+ ((?:Invalid|Uninitialized|Barrier error|Error: Race).*)", output)
+        counts = [len(summaries)] if summaries else []
     return {"errors": sum(counts) if counts else None, "summary": summaries[-1] if summaries else ""}
 
 
@@ -76,6 +82,8 @@ def judge(part: Part, outcome: Outcome) -> dict:
 
 def _verdict(part: Part, outcome: Outcome, found: dict, counts: dict | None) -> tuple[str, str]:
     last = last_line(outcome.output)
+    if part.kind == "sanitizer" and found["errors"]:
+        return "failed", found["summary"]
     if outcome.overran:
         why = f"ended after {outcome.seconds:.0f} s; last line: {last}"
         # Slow is no fault of a checked program, nor of a benchmark that has figures; without any, it was hanging.
@@ -87,8 +95,6 @@ def _verdict(part: Part, outcome: Outcome, found: dict, counts: dict | None) -> 
     if part.kind == "sanitizer":
         if found["errors"] is None:
             return "unfinished", f"it came to no conclusion; last line: {last}"
-        if found["errors"]:
-            return "failed", found["summary"]
         if outcome.returncode == NO_TESTS:
             return "unfinished", "no test was selected"
     if outcome.returncode:

@@ -176,7 +176,7 @@ def test_what_is_left_when_the_time_is_up_says_so():
 def test_results_are_written_as_they_come(tmp_path):
     """So that a benchmark that takes its process with it costs no figures but its own."""
     plugin = tmp_path / "dies.py"
-    plugin.write_text("import os\ndef pytest_runtest_teardown(item, nextitem):\n    if nextitem is None: os._exit(7)\n")
+    plugin.write_text("import os\ndef pytest_runtest_protocol(item, nextitem):\n    if nextitem is None: os._exit(7)\n")
     results = tmp_path / "results.json"
     chosen = "test_steer and float32 and reference"
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
@@ -430,3 +430,32 @@ def test_an_event_clock_waits_only_at_the_end(monkeypatch):
         start = clock()
         assert clock() - start == pytest.approx(0.25)
     assert log == ["record", "record", "wait"] * 2
+
+
+FAILS_IN_A_ROUND = """
+import sys, pytest
+from benchmarks import loss_peers
+
+calls = []
+
+def fails(inputs):
+    calls.append(inputs)
+    if len(calls) > 3:  # checked, warmed up, and one round
+        raise RuntimeError("in a timed round")
+    return loss_peers.eager(inputs)
+
+change = lambda peer: peer._replace(make=lambda: fails) if peer.name == "eager valid rows" else peer
+loss_peers.PEERS = tuple(map(change, loss_peers.PEERS))
+files = "benchmarks/test_loss.py::test_loss_ratios", "benchmarks/test_decode_kernels.py"
+chosen = "-k", "cpu-smoke or bfloat16-K64-B1", "--benchmark-only", "--scale", "smoke"
+sys.exit(pytest.main([*files, *chosen, "--results", sys.argv[1]]))
+"""
+
+
+def test_a_test_that_fails_in_a_round_costs_no_other_its_record(tmp_path):
+    done = run(sys.executable, "-c", FAILS_IN_A_ROUND, str(tmp_path / "results.json"))
+    assert done.returncode == 1 and "1 failed" in done.stdout and "error" not in done.stdout.splitlines()[-1], (
+        done.stdout
+    )
+    records = json.loads((tmp_path / "results.json").read_text())["records"]
+    assert records and "loss ratios" not in {record["group"] for record in records}

@@ -348,6 +348,14 @@ SKIPPED = '<testsuite><testcase classname="t" name="a"><skipped message="no CUDA
         ),
         ("sanitizer", None, Outcome(1, 5, False, "Device not supported"), "unfinished", "no conclusion; last line: D"),
         ("sanitizer", None, Outcome(-9, 60, True, "x"), "unfinished", "ended after 60 s"),
+        ("sanitizer", None, Outcome(-9, 60, True, "========= ERROR SUMMARY: 3 errors"), "failed", "3 errors"),
+        (
+            "sanitizer",
+            None,
+            Outcome(-9, 60, True, "========= Invalid __global__ write of size 4 bytes\n=========     at kernel"),
+            "failed",
+            "Invalid __global__ write",
+        ),
     ],
 )  # fmt: skip
 def test_a_part_is_judged_by_what_it_left(tmp_path, kind, xml, outcome, status, why):
