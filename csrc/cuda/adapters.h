@@ -53,20 +53,23 @@ class Adapters {
   // address that is gone.
   bool make_room(std::size_t turns) {
     if (turns * max_rows_ <= of_rows_.size()) return false;
-    of_rows_ = DeviceArray<std::int32_t>(turns * max_rows_, "adapters");
+    // Both or neither: who runs out of memory may try again.
+    DeviceArray<std::int32_t> of_rows(turns * max_rows_, "adapters");
     staged_ = PinnedArray<std::int32_t>(turns * max_rows_);
+    of_rows_ = std::move(of_rows);
     return true;
   }
 
-  // Puts the rows' adapters where the device finds them; rows from there up to `batch` have none. Returns the most rows
-  // that share their adapters wherever they have some, 1 or kTileOfArrivals.
+  // Puts the rows' adapters where the device finds them; rows from there up to `batch` have none. A row's last adapter
+  // acts in the last turn, whatever others have, since the norm behind it is rounded in another way when it comes with
+  // a later turn. Returns the most rows that share their adapters wherever they have some, 1 or kTileOfArrivals.
   int stage(cudaStream_t stream, const std::vector<engine::StepRow>& rows, std::size_t batch, std::size_t turns) {
     int tile = batch == 1 ? 1 : kTileOfArrivals;
     for (std::size_t turn = 0; turn < turns; ++turn) {
       std::int32_t of_tile = -1;
       for (std::size_t b = 0; b < batch; ++b) {
-        const bool acts = b < rows.size() && turn < rows[b].adapters->size();
-        const std::int32_t own = acts ? (*rows[b].adapters)[turn] : -1;
+        const std::size_t idle = turns - (b < rows.size() ? rows[b].adapters->size() : 0);
+        const std::int32_t own = turn < idle ? -1 : (*rows[b].adapters)[turn - idle];
         staged_[turn * max_rows_ + b] = own;
         if (b % kTileOfArrivals == 0) of_tile = -1;
         if (own >= 0 && of_tile >= 0 && own != of_tile) tile = 1;

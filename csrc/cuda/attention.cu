@@ -156,6 +156,15 @@ cudaError_t attend(cudaStream_t stream, const Attention& a, int batch) {
   return launch(stream, grid, kThreads, bytes, kernel, a);
 }
 
+// Whether a block of the current device may have so much shared memory.
+cudaError_t may_share(int bytes, bool* may) {
+  int device = 0, most = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *may = bytes <= most;
+  return error;
+}
+
 template <DType kDType, DType kCache>
 cudaError_t attend(cudaStream_t stream, const Attention& a, int batch) {
   const int group = a.heads / a.kv_heads;
@@ -165,7 +174,11 @@ cudaError_t attend(cudaStream_t stream, const Attention& a, int batch) {
     // Wanted for precision and not for speed, it does without the form that takes most registers.
     return attend<kDType, kCache, 4>(stream, a, batch);
   } else {
-    if (group <= 4) return attend<kDType, kCache, 4>(stream, a, batch);
+    // Eight heads of 240 numbers do not fit into the 99 KB that a block may have on 8.6, 8.9 and 12.0.
+    bool fits = false;
+    const cudaError_t error = may_share(Layout<kCache, kMostHeads>(a.head_size).size, &fits);
+    if (error != cudaSuccess) return error;
+    if (group <= 4 || !fits) return attend<kDType, kCache, 4>(stream, a, batch);
     return attend<kDType, kCache, kMostHeads>(stream, a, batch);
   }
 }

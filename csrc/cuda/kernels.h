@@ -206,7 +206,7 @@ struct Advance {
   unsigned* ticket;  // 0 before and after
   volatile Progress* progress;
   const volatile std::int32_t* wanted_stop;
-  cudaGraphConditionalHandle condition;  // of the WHILE node around the step
+  unsigned long long condition;  // of the WHILE node around the step, a cudaGraphConditionalHandle
   bool has_condition;
 };
 cudaError_t advance(cudaStream_t stream, const Advance& arguments, int batch);

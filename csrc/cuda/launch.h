@@ -28,10 +28,14 @@ struct ClusterLaunch {
   cudaLaunchConfig_t config{};
 };
 
-// Raises a kernel's limit on shared memory, which is 48 KiB, where it wants more.
+// Raises a kernel's limit on shared memory, which is 48 KiB, where it wants more. It is never lowered: recorded steps
+// of other decoders may need what it was.
 template <class Kernel>
 cudaError_t allow_shared(Kernel kernel, std::size_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
+  cudaFuncAttributes attributes{};
+  if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
+  if (static_cast<int>(bytes) <= attributes.maxDynamicSharedSizeBytes) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 

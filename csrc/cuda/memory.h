@@ -14,7 +14,14 @@
 
 namespace dive::cuda {
 
-inline void check(cudaError_t error, const char* doing) {
+// Memory was wanted that is not there; behind freeing some, what was begun may be tried again.
+struct OutOfMemory : std::runtime_error {
+  explicit OutOfMemory(const std::string& what)
+      : std::runtime_error("CUDA: out of memory: " + what + "; fewer rows at a time (batch_size) need less") {}
+};
+
+// Of work that was started: a device that fails in it is not to be tried again, whatever the error says.
+inline void check_work(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
   // The runtime remembers a failure until it is asked; left there, the next launch would be blamed for it.
   static_cast<void>(cudaGetLastError());
@@ -22,7 +29,15 @@ inline void check(cudaError_t error, const char* doing) {
                            cudaGetErrorString(error));
 }
 
-// Bytes on the current device. Throws std::runtime_error that says how much was wanted, for what, and what to lower.
+inline void check(cudaError_t error, const char* doing) {
+  if (error == cudaErrorMemoryAllocation) {
+    static_cast<void>(cudaGetLastError());
+    throw OutOfMemory(doing);
+  }
+  check_work(error, doing);
+}
+
+// Bytes on the current device. Throws OutOfMemory that says how much was wanted, for what, and how much is free.
 inline void* allocate(std::size_t bytes, const char* what) {
   void* data = nullptr;
   const cudaError_t error = cudaMalloc(&data, bytes ? bytes : 1);
@@ -31,8 +46,8 @@ inline void* allocate(std::size_t bytes, const char* what) {
     std::size_t free = 0, total = 0;
     static_cast<void>(cudaMemGetInfo(&free, &total));
     const auto mebibytes = [](std::size_t n) { return std::to_string((n + (1 << 20) - 1) >> 20) + " MiB"; };
-    throw std::runtime_error("CUDA: out of memory: " + mebibytes(bytes) + " for " + what + ", and " + mebibytes(free) +
-                             " of " + mebibytes(total) + " are free; fewer rows at a time (batch_size) need less");
+    throw OutOfMemory(mebibytes(bytes) + " for " + what + ", and " + mebibytes(free) + " of " + mebibytes(total) +
+                      " are free");
   }
   check(error, what);
   return data;
@@ -128,13 +143,17 @@ class OwnStream {
   OwnStream(const OwnStream&) = delete;
 
   operator cudaStream_t() const { return stream_; }
-  void wait() const { check(cudaStreamSynchronize(stream_), "running a step"); }
+  void wait() const { check_work(cudaStreamSynchronize(stream_), "running a step"); }
 
   // Whether all that was started has ended.
   bool idle() const {
     const cudaError_t status = cudaStreamQuery(stream_);
-    if (status == cudaErrorNotReady) return false;
-    check(status, "running a step");
+    if (status == cudaErrorNotReady) {
+      // No failure, and remembered as one; torch, which asks after its launches, would report it.
+      static_cast<void>(cudaGetLastError());
+      return false;
+    }
+    check_work(status, "running a step");
     return true;
   }
 
@@ -151,7 +170,7 @@ inline std::mutex& recording() {
 // Waits for what other streams of the current device do, which are not known here: PyTorch's.
 inline void wait_for_others(const char* what) {
   const std::lock_guard lock(recording());
-  check(cudaDeviceSynchronize(), what);
+  check_work(cudaDeviceSynchronize(), what);
 }
 
 // Kernels recorded once and started together.

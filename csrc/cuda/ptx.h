@@ -194,9 +194,13 @@ __device__ __forceinline__ T* dynamic_shared_memory() {
   return reinterpret_cast<T*>(dive_dynamic_shared_memory);
 }
 
-// The value of a conditional graph node, read when the node is reached next.
-__device__ __forceinline__ void set_graph_condition(cudaGraphConditionalHandle handle, unsigned value) {
+// The value of a conditional graph node, read when the node is reached next. Runtimes before 12.4 have none.
+__device__ __forceinline__ void set_graph_condition(unsigned long long handle, unsigned value) {
+#if CUDART_VERSION >= 12040
   cudaGraphSetConditional(handle, value);
+#else
+  __trap();
+#endif
 }
 
 }  // namespace dive::cuda

@@ -147,6 +147,8 @@ class CudaStepper final : public engine::Stepper {
           arguments.has_condition = true;
           record();
         });
+      } catch (const OutOfMemory&) {
+        throw;
       } catch (const std::runtime_error&) {
         // A driver that has such nodes and does not take these kernels in them; loop_form() says so.
         repeats_ = false;
@@ -179,11 +181,14 @@ class CudaStepper final : public engine::Stepper {
 
   void make_tables(std::size_t blocks) {
     forget_graphs();
-    blocks_ = DeviceArray<std::byte*>(max_rows_ * blocks, "block tables");
-    staged_blocks_ = PinnedArray<std::byte*>(max_rows_ * blocks);
+    // All three or none: who runs out of memory may try again.
+    DeviceArray<std::byte*> own(max_rows_ * blocks, "block tables");
+    PinnedArray<std::byte*> staged(max_rows_ * blocks);
     std::vector<std::byte* const*> tables;
-    for (int b = 0; b < max_rows_; ++b) tables.push_back(blocks_.data() + b * blocks);
+    for (int b = 0; b < max_rows_; ++b) tables.push_back(own.data() + b * blocks);
     tables_ = uploaded(tables, "block tables");
+    blocks_ = std::move(own);
+    staged_blocks_ = std::move(staged);
   }
 
   void forget_graphs() {
@@ -289,7 +294,7 @@ class CudaStepper final : public engine::Stepper {
                               plan_.heads,
                               plan_.kv_heads,
                               plan_.head_size,
-                              static_cast<int>(layer.window),
+                              static_cast<int>(std::min<std::int64_t>(layer.window, INT32_MAX)),
                               plan_.attention_scale,
                               plan_.attention_softcap,
                               pieces_.data(),

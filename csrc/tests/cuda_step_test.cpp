@@ -73,9 +73,9 @@ struct Prompts {
   }
 };
 
-Model model_of(std::uint64_t seed, std::int64_t hidden_size = 0, int head_size = 0) {
+Model model_of(std::uint64_t seed, std::int64_t hidden_size = 0, int head_size = 0, int group = 0) {
   const auto dtype = static_cast<DType>(seed % 3);
-  return Model(seed, {.unit = 8, .dtype = dtype, .hidden_size = hidden_size, .head_size = head_size});
+  return Model(seed, {.unit = 8, .dtype = dtype, .hidden_size = hidden_size, .head_size = head_size, .group = group});
 }
 
 // |a - b| over the largest |b|.
@@ -89,11 +89,12 @@ double difference(const std::vector<float>& a, const std::vector<float>& b) {
   return error / largest;
 }
 
-void expect_the_cpu_steps_logits(std::uint64_t seed, int rows, std::int64_t hidden_size = 0, int head_size = 0) {
+void expect_the_cpu_steps_logits(std::uint64_t seed, int rows, std::int64_t hidden_size = 0, int head_size = 0,
+                                 int group = 0) {
   // Where weights have half precision, so have the numbers that they multiply, unlike on the CPU: 2^-9 and 2^-12 a
   // rounding, some tens of them on the way.
   const double allowed[] = {2e-5, 5e-2, 8e-3};
-  const Model model = model_of(seed, hidden_size, head_size);
+  const Model model = model_of(seed, hidden_size, head_size, group);
   Prompts prompts(model, rows, seed);
   const std::vector<float> expected =
       prompts.decode(model, dive::cpu::make_stepper(model.plan, rows, 1, dive::cpu::best_isa()), rows);
@@ -102,9 +103,9 @@ void expect_the_cpu_steps_logits(std::uint64_t seed, int rows, std::int64_t hidd
     const std::vector<float> found = prompts.decode(model, dive::cuda::make_stepper(model.plan, rows, 0, form), rows);
     const double error = difference(found, expected);
     expect(error <= allowed[seed % 3], "seed " + std::to_string(seed) + ", hidden size " + std::to_string(hidden_size) +
-                                           ", head size " + std::to_string(head_size) +
-                                           (form == StepForm::kBest ? "" : ", plain") + ": logits differ by " +
-                                           std::to_string(error));
+                                           ", head size " + std::to_string(head_size) + ", group " +
+                                           std::to_string(group) + (form == StepForm::kBest ? "" : ", plain") +
+                                           ": logits differ by " + std::to_string(error));
   }
 }
 
@@ -128,6 +129,17 @@ void heads_and_batches_are_as_large_as_models_have_them() {
   for (const auto& [seed, head_size, rows] : kCases) expect_the_cpu_steps_logits(seed, rows, 0, head_size);
 }
 
+// Query heads that share keys and values: more of them than are drawn, as in Qwen2.5 and Llama; and on a device whose
+// blocks have too little memory for the form that takes eight at a time.
+void many_heads_share_keys_and_values() {
+  for (const std::size_t shared : {std::size_t{99} << 10, std::size_t{227} << 10}) {
+    dive_host_cuda_device().sharedMemPerBlockOptin = shared;
+    expect_the_cpu_steps_logits(1, 3, 0, 64, 7);
+    expect_the_cpu_steps_logits(2, 2, 0, 128, 8);
+    expect_the_cpu_steps_logits(4, 2, 0, 256, 6);
+  }
+}
+
 void logits_depend_on_the_row_alone() {
   for (std::uint64_t seed = 0; seed < 3; ++seed) {
     const Model model = model_of(seed);
@@ -137,6 +149,19 @@ void logits_depend_on_the_row_alone() {
     const std::vector<float> apart = prompts.decode(model, dive::cuda::make_stepper(model.plan, 2, 0), 2);
     const bool same = std::memcmp(together.data(), apart.data(), together.size() * sizeof(float)) == 0;
     expect(same, "seed " + std::to_string(seed) + ": logits depend on the batch or on the order of threads");
+  }
+}
+
+// Whose adapters are one, beside those of rows that have more of them in turn.
+void logits_do_not_depend_on_how_many_adapters_others_have() {
+  for (std::uint64_t seed = 0; seed < 12; ++seed) {
+    const Model model = model_of(seed, 64);
+    Prompts prompts(model, 4, seed);
+    for (int i = 0; i < 4; ++i) prompts.requests[i].adapters.assign(i, 0);
+    const std::vector<float> together = prompts.decode(model, dive::cuda::make_stepper(model.plan, 4, 0), 4);
+    const std::vector<float> apart = prompts.decode(model, dive::cuda::make_stepper(model.plan, 1, 0), 1);
+    const bool same = std::memcmp(together.data(), apart.data(), together.size() * sizeof(float)) == 0;
+    expect(same, "seed " + std::to_string(seed) + ": logits depend on other rows' adapters");
   }
 }
 
@@ -290,6 +315,54 @@ void every_failure_arrives() {
   expect(index > 50, "too few calls were made to fail");
 }
 
+// Where one call fails while a session makes room for longer rows and more adapters, the next run ends as if none had.
+void a_run_goes_on_behind_a_failure() {
+  const Model model = model_of(0, 64);
+  std::vector<Result> results;
+  // What failed, behind which the session ran again; empty where the call of this index was not reached.
+  const auto run = [&](std::uint64_t index, cudaError_t error) -> std::string {
+    Session session(model.plan, dive::cuda::make_stepper(model.plan, 2, 0), 2);
+    int count = 0;
+    const auto submit_one = [&](int adapters, std::int64_t prefilled) {
+      Request request;
+      request.prompt = {0};
+      request.prefilled = prefilled;
+      request.streams = {static_cast<std::uint64_t>(count++)};
+      request.max_new_tokens = 1;
+      request.adapters.assign(adapters, 0);
+      submit(session, model, request);
+    };
+    submit_one(1, 0);
+    session.run({}, 0);
+    submit_one(3, 0);
+    submit_one(0, 1100);
+    dive_host_cuda_fail(index, error);
+    std::string message;
+    try {
+      session.run({}, 0);
+    } catch (const std::runtime_error& failure) {
+      message = failure.what();
+    }
+    dive_host_cuda_fail(0, cudaSuccess);
+    // A device that fails while it works does not work again.
+    if (message.starts_with("CUDA: running a step")) return message;
+    if (!message.empty()) {
+      expect(message.starts_with("CUDA: out of memory: "), "failure " + std::to_string(index) + ": " + message);
+      session.run({}, 0);
+    }
+    expect(std::string(session.loop_form()) == "on the device", "failure " + std::to_string(index) + ": another loop");
+    results.clear();
+    for (int i = 0; i < count; ++i) results.push_back(session.take(i));
+    return message;
+  };
+  run(0, cudaSuccess);
+  const std::vector<Result> expected = results;
+  std::uint64_t index = 1;
+  for (; !run(index, cudaErrorMemoryAllocation).starts_with("CUDA: running a step"); ++index)
+    expect(alike(expected, results), "failure " + std::to_string(index) + ": other results");
+  expect(index > 50, "a run went on behind " + std::to_string(index) + " failures alone");
+}
+
 }  // namespace
 
 int main() {
@@ -297,11 +370,14 @@ int main() {
       {"logits are the CPU step's", logits_are_the_cpu_steps},
       {"steering adds nothing of blocks without columns", steering_adds_nothing_of_blocks_without_columns},
       {"heads and batches are as large as models have them", heads_and_batches_are_as_large_as_models_have_them},
+      {"many heads share keys and values", many_heads_share_keys_and_values},
       {"logits depend on the row alone", logits_depend_on_the_row_alone},
+      {"logits do not depend on how many adapters others have", logits_do_not_depend_on_how_many_adapters_others_have},
       {"the device's loop gives what the host's sampler gives", the_devices_loop_gives_what_the_hosts_sampler_gives},
       {"every step of a loop is told", every_step_of_a_loop_is_told},
       {"a loop ends where it is asked to", a_loop_ends_where_it_is_asked_to},
       {"every failure arrives", every_failure_arrives},
+      {"a run goes on behind a failure", a_run_goes_on_behind_a_failure},
   });
   expect(dive_host_cuda_live_bytes() == 0, "memory of the device is left");
   std::puts("cuda_step_test: passed");

@@ -38,12 +38,13 @@ struct Random {
 };
 
 // What the sizes of a decoder are multiples of, whether all its matrices have one dtype, as some devices want it, and,
-// where they are not drawn, a hidden size to be steered at and the size of a head.
+// where they are not drawn, a hidden size to be steered at, the size of a head and how many share keys and values.
 struct Shape {
   std::int64_t unit = 1;
   std::optional<DType> dtype;
   std::int64_t hidden_size = 0;
   int head_size = 0;
+  int group = 0;
 };
 
 class Memory {
@@ -138,6 +139,7 @@ struct Model {
     plan.hidden_size = size(random.coin() ? 70 : 400);
     if (shape.hidden_size) plan.hidden_size = shape.hidden_size;
     if (shape.head_size) plan.head_size = shape.head_size;
+    if (shape.group) plan.heads = plan.kv_heads * shape.group;
     plan.intermediate_size = size(90);
     plan.vocabulary = 2 + random.below(400);
     plan.attention_scale = 1 / std::sqrt(static_cast<float>(plan.head_size));

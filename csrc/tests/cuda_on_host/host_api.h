@@ -8,6 +8,8 @@
 
 #include "host_types.h"
 
+#define CUDART_VERSION 13000
+
 enum cudaError {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
