@@ -233,13 +233,20 @@ def check(decoding, approximate: bool, problem: Problem, steering: Steering, row
     model, names = make_model(problem, steering)
     exact = one_pass(_precise(copy.deepcopy(model), problem), names, problem, taken).double()
     found = errors(decoding.logits(forced)[:rows], exact, taken)
+    # The logits are of tokens that are given, the tokens of a run with its cache. Two logits may change places where
+    # they lie no farther apart than both their errors.
     if approximate:
         assert found.kl <= APPROXIMATE_TOLERANCE, f"wrong by {found.kl:.2g} nats"
+        may_fall_short = 2 * EXTREMES * found.largest
     elif problem.dtype == torch.float32:
         assert found.largest <= FLOAT32_TOLERANCE, f"wrong by {found.largest:.2g}"
-        assert found.shortfall <= NEAR_TIE, f"a token falls short by {found.shortfall:.2g}"
+        may_fall_short = NEAR_TIE
     else:
         # Of as many rows, since products of other sizes round otherwise.
         theirs = errors(one_pass(model, names, problem, forced)[:rows], exact, taken)
         assert found.mean <= theirs.mean and found.largest <= EXTREMES * theirs.largest, f"{found} beyond {theirs}"
+        may_fall_short = 2 * EXTREMES * theirs.largest
+    assert found.shortfall <= may_fall_short, (
+        f"a token falls short by {found.shortfall:.2g}, beyond {may_fall_short:.2g}"
+    )
     return found

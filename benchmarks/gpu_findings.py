@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.gpu_parts import Part
@@ -46,15 +47,16 @@ def _first_line(text: str | None) -> str:
 def read_sanitizer(output: str) -> dict:
     """{"errors": count or None where the tool came to no conclusion, "summary": its last line about that}.
 
-    What a tool reported before it was cut off counts without its summary.
+    What a tool reported before it was cut off counts without its summary: every process that it looks at has one of its
+    own.
     """
     summaries = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", output)
     # racecheck counts hazards and, of these, errors and warnings.
     counts = [re.search(r"\((\d+) error", line) or re.search(r"SUMMARY: (\d+)", line) for line in summaries]
     counts = [int(count[1]) for count in counts if count]
-    if not summaries:
-        summaries = re.findall(r"=+ ((?:Invalid|Uninitialized|Barrier error|Error: Race).*)", output)
-        counts = [len(summaries)] if summaries else []
+    reports = re.findall(r"=+ ((?:Invalid|Uninitialized|Barrier error|Error: Race).*)", output)
+    if len(reports) > sum(counts):
+        return {"errors": len(reports), "summary": reports[-1]}
     return {"errors": sum(counts) if counts else None, "summary": summaries[-1] if summaries else ""}
 
 
@@ -67,11 +69,12 @@ def judge(part: Part, outcome: Outcome) -> dict:
         benchmark, the floors and the "machine".
     """
     found = {"name": part.name, "kind": part.kind, "seconds": round(outcome.seconds, 1)}
-    try:
+    counts, content = None, {}
+    # Either may be cut off where the part was killed while it wrote.
+    with suppress(ElementTree.ParseError):
         counts = read_junit(part.xml) if part.xml is not None and part.xml.exists() else None
+    with suppress(json.JSONDecodeError):
         content = json.loads(part.json.read_text()) if part.json is not None and part.json.exists() else {}
-    except (ElementTree.ParseError, json.JSONDecodeError):
-        counts, content = None, {}  # killed while it wrote
     wanted = {"floors": ("floors", "machine"), "kernels": ("kernels",)}.get(part.kind, ("records",))
     found |= (counts or {}) | {name: content[name] for name in wanted if name in content}
     if part.kind == "sanitizer":
@@ -86,9 +89,10 @@ def _verdict(part: Part, outcome: Outcome, found: dict, counts: dict | None) -> 
         return "failed", found["summary"]
     if outcome.overran:
         why = f"ended after {outcome.seconds:.0f} s; last line: {last}"
-        # Slow is no fault of a checked program, nor of a benchmark that has figures; without any, it was hanging.
-        measured = any(found.get(name) for name in ("records", "kernels"))
-        slow = part.kind == "sanitizer" or ((measured or part.name == "kernel tests") and not found.get("failed"))
+        # Slow is no fault of a checked program, nor of what has come some way; where nothing came, it was hanging.
+        went_on = any(found.get(name) for name in ("records", "kernels"))
+        went_on |= part.name == "kernel tests" and bool(found.get("passed"))
+        slow = part.kind == "sanitizer" or (went_on and not found.get("failed"))
         return ("unfinished" if slow else "failed"), why
     if found.get("failed"):
         return "failed", f"{found['failed']} failed"

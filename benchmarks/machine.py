@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from dive_fast import doctor
+from dive_fast import doctor, native
+from dive_fast.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "llama-cpp-python", "pycocoevalcap")
@@ -25,6 +26,7 @@ def facts() -> dict[str, str]:
     found = doctor.environment() | {name: _version(name) for name in PEERS}
     found["threads"] = str(torch.get_num_threads())
     found |= _processors()
+    found["kernel level"] = _kernel_level()
     found["torch build"] = torch.__version__
     found |= _commit()
     if torch.cuda.is_available():
@@ -44,6 +46,14 @@ def _processors() -> dict[str, str]:
     for name, path in (("governor", GOVERNOR), ("processor quota", QUOTA)):
         found[name] = path.read_text().strip() if path.is_file() else ""
     return found
+
+
+def _kernel_level() -> str:
+    """Which of this project's kernels the processor runs: its name often does not tell."""
+    try:
+        return native.load().cpu.kernel_levels()[-1]
+    except InputError:
+        return ""
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -68,7 +68,10 @@ def with_adapter(base: nn.Module, config: peft.PeftConfig) -> peft.PeftModel:
     refuse_adapters(base, "model")
     try:
         # A copy: PEFT and the tuners note in it what it was used for, and the caller may use it again.
-        model = peft.get_peft_model(base, copy.deepcopy(config))
+        config = copy.deepcopy(config)
+        # PEFT stores the configurations of finished adapters so, and would freeze a fresh one.
+        config.inference_mode = False
+        model = peft.get_peft_model(base, config)
     except InputError:
         raise
     except (ValueError, TypeError, ImportError) as error:

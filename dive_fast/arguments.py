@@ -85,18 +85,24 @@ def training_arguments(
     Raises:
         InputError: an unknown name (with the nearest), a value of the wrong type or out of range, several visible GPUs.
     """
+    if args is not None and not isinstance(args, TrainingArguments | Mapping):
+        raise InputError(f"args: expected DiveTrainingArguments or a dict of them, got {type(args).__name__}")
     if isinstance(args, TrainingArguments):
         arguments = dataclasses.replace(args, output_dir=str(output_dir))
         _check_ranges(arguments)
     else:
-        defaults = {f.name: f.default for f in dataclasses.fields(DiveTrainingArguments)}
+        types = {f.name: f.type for f in dataclasses.fields(DiveTrainingArguments)}
         for name, value in (args or {}).items():
-            if name not in defaults:
-                near = difflib.get_close_matches(name, defaults, n=1)
+            if name not in types:
+                near = difflib.get_close_matches(str(name), types, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise InputError(f"args: there is no training argument {name!r}{hint}")
-            if type(defaults[name]) in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            if types[name] in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise InputError(f"args: {name} is a number, got {value!r}")
+            if types[name] is int and not isinstance(value, int):
+                raise InputError(f"args: {name}: expected a whole number, got {value!r}")
+            if types[name] is bool and not isinstance(value, bool):
+                raise InputError(f"args: {name}: expected True or False, got {value!r}")
         try:
             arguments = DiveTrainingArguments(**{**(args or {}), "output_dir": str(output_dir)})
         except (ValueError, TypeError, ImportError) as error:
@@ -115,6 +121,11 @@ def training_arguments(
 def _check_ranges(arguments: TrainingArguments) -> None:
     if arguments.label_smoothing_factor:
         raise InputError("label_smoothing_factor: this loss weighs tokens and has no smoothing; leave it at 0")
+    if arguments.resume_from_checkpoint is not None:
+        raise InputError(
+            "resume_from_checkpoint: a run goes on with resume=True (--resume), from the newest whole checkpoint in "
+            "its own folder; leave it out"
+        )
     if getattr(arguments, "selective_checkpointing", False) and arguments.gradient_checkpointing:
         raise InputError(
             "selective_checkpointing: not together with gradient_checkpointing, which keeps less and costs more"

@@ -84,7 +84,7 @@ def write_text(path: Path, text: str) -> None:
 
 def save_adapter(model, folder: Path) -> None:
     """The active adapter of a PEFT model, whatever its name, file by file in place of older ones, never leaving half a
-    file."""
+    file. A model card that is there already stays: PEFT's is a form to fill in."""
     staging = folder / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -92,6 +92,7 @@ def save_adapter(model, folder: Path) -> None:
         model.save_pretrained(staging, selected_adapters=[name])
         # PEFT puts every adapter that is not called "default" into a folder of its name.
         for path in (staging if name == "default" else staging / name).iterdir():
-            os.replace(path, folder / path.name)
+            if path.name != "README.md" or not (folder / path.name).exists():
+                os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

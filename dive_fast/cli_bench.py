@@ -72,7 +72,10 @@ def _compare(args: Namespace) -> int:
     comparison = compare(*_read(args.compare))
     for difference in comparison.machines:
         print(f"Warning: the machines differ: {difference}", file=sys.stderr)
-    _print_changes(comparison, *args.compare)
+    if comparison.changes:
+        _print_changes(comparison, *args.compare)
+    if comparison.other_work:
+        print("Not compared, for they did other work:", *(f"  {line}" for line in comparison.other_work), sep="\n")
     for name, records in zip(args.compare, (comparison.only_before, comparison.only_after), strict=True):
         if records:
             print(f"Only in {name}:", *(f"  {record.name}" for record in records), sep="\n")

@@ -85,12 +85,14 @@ def _leave_process_group() -> None:
 
 @contextmanager
 def _recorded(run, output: Path) -> Iterator[None]:
-    """The run's settings in its folder from before the first step, and gone again if nothing else came there."""
+    """The run's settings in its folder from before the first step, and gone again if nothing else came there: who reads
+    them later must not take them for those of what was there before."""
     file = output / RUN_FILE
     if file.exists():
         yield
         return
     existed = output.is_dir()
+    before = set(output.iterdir()) if existed else set()
     try:
         with files.writing("output", output):
             output.mkdir(parents=True, exist_ok=True)
@@ -99,7 +101,7 @@ def _recorded(run, output: Path) -> Iterator[None]:
     except BaseException as stop:
         # A run that saved something needs its settings to go on; one that did not leaves nothing.
         saved = getattr(stop, "saved_to", None) is not None
-        if not saved and output.is_dir() and not any(path != file for path in output.iterdir()):
+        if not saved and output.is_dir() and set(output.iterdir()) <= before | {file}:
             file.unlink(missing_ok=True)
             if not existed:
                 output.rmdir()
@@ -165,7 +167,7 @@ def generate(args: Namespace) -> int:
     if args.data is None:
         if not args.prompt.strip():
             raise InputError("--prompt: expected what the report should be about, got only white space")
-        if args.items or args.output or args.limit or args.workers is not None:
+        if args.items or args.output or args.limit is not None or args.workers is not None:
             raise InputError(
                 "--prompt: takes no data options, --limit, --output or --workers; use --data for a data set"
             )
@@ -177,6 +179,10 @@ def generate(args: Namespace) -> int:
         raise InputError("--output: expected a file for the predictions, such as --output predictions.jsonl")
     if args.batch_size < 1:
         raise InputError(f"--batch-size: expected a positive number, got {args.batch_size}")
+    if args.seed is not None and args.seed < 0:
+        raise InputError(f"--seed: expected a whole number >= 0, got {args.seed}")
+    if args.workers is None and (useless := _of_workers(args)):
+        raise InputError(f"{useless}: means nothing without --workers")
     output = files.new_file(args.output, args.overwrite, inputs=[args.data])
     limit = [] if args.limit is None else [f"limit={args.limit}"]
     records = load_counted(config.data_with_options(args.data, [*args.items, *limit]))
@@ -195,6 +201,17 @@ def generate(args: Namespace) -> int:
     choice = " --sample 0" if args.num_return_sequences > 1 else ""
     print(f"{count} predictions in {output}. Score them: dive-fast evaluate {output}{choice}")
     return 0
+
+
+def _of_workers(args: Namespace) -> str:
+    """The first option of workers that was given; "" without any."""
+    given = {
+        "--worker-cpus": args.worker_cpus is not None,
+        "--worker-gpus": args.worker_gpus != 0,
+        "--shard-size": args.shard_size is not None,
+        "--ray-address": args.ray_address != "local",
+    }
+    return next((name for name, is_given in given.items() if is_given), "")
 
 
 def _generate_by_workers(args: Namespace, records: Sequence, output: Path) -> int:
@@ -380,8 +397,9 @@ def tag(args: Namespace) -> int:
 
     _, processor = _backbone(args.model, None)
     response = ReportEncoder(processor).response(text)
+    shares = _loss_shares(args, response.offsets, spans)
     console.print(render(text, spans, tokens=(response.ids, response.offsets)))
-    print(f"\n{_loss_shares(args, response.offsets, spans)}")
+    print(f"\n{shares}")
     return 0
 
 

@@ -121,8 +121,8 @@ def main(
         dtype: of the frozen weights, float32, bfloat16 or float16; None takes what `load_backbone` does.
 
     Raises:
-        InputError: a number below 1; an unknown dtype; the model or the reports are not installed; `output` holds
-            another run.
+        InputError: a number below 1; a seed below 0; an unknown dtype; the model or the reports are not installed;
+            `output` holds another run.
     """
     usual_steps, usual_reports = (6, 8) if quick else (STEPS, EVAL_REPORTS)
     budget = Budget(
@@ -131,6 +131,8 @@ def main(
     for name in ("steps", "eval_reports"):
         if getattr(budget, name) < 1:
             raise InputError(f"{name}: expected a whole number >= 1, got {getattr(budget, name)}")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed: expected a whole number from 0 to 2**32 - 1, got {seed}")
     output = Path(output)
     from_scratch = not output.exists() or not any(output.iterdir())
     console = Console()

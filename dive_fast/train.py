@@ -115,13 +115,23 @@ def train(
     for name, (value, cls, expected) in settings.items():
         if value is not None and not isinstance(value, cls):
             raise InputError(f"{name}: expected a {expected}, got {type(value).__name__}")
+    if not isinstance(output_dir, str | os.PathLike) or not os.fspath(output_dir):
+        raise InputError(f"output_dir: expected the folder to write to, got {output_dir!r}")
     output_dir = Path(output_dir)
-    records = to_records(train_dataset)
-    eval_records = None if eval_dataset is None else to_records(eval_dataset)
+    records = to_records(train_dataset, "train_dataset")
+    eval_records = None if eval_dataset is None else to_records(eval_dataset, "eval_dataset")
     supervision = supervision or Supervision()
     if teacher is None and supervision.needs_disagreement:
         raise InputError("tagger: 'disagreement' compares teacher and zero-shot model; give a teacher")
     arguments = training_arguments(args, output_dir, spread=is_spread(model_or_path))
+    if eval_records is None and arguments.eval_strategy != "no":
+        raise InputError("args: eval_strategy evaluates on held-out records; give an eval_dataset")
+    in_a_batch = arguments.train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and len(records) < in_a_batch:
+        raise InputError(
+            f"args: dataloader_drop_last leaves nothing of {len(records)} records, of which {in_a_batch} make a batch; "
+            "leave it out, or lower per_device_train_batch_size"
+        )
     set_seed(arguments.seed)
     # The first process fills the tagger's cache, the others find it filled.
     with arguments.main_process_first(desc="tagging"):
@@ -195,7 +205,7 @@ def _train(
                 teacher=runner,
                 callbacks=[_StopOnInterrupt()],
             )
-        except RuntimeError as error:  # a tracker of report_to that is not installed
+        except (RuntimeError, ValueError) as error:  # a tracker of report_to that is not installed, or not known
             raise InputError(f"args: {error}") from error
         if arguments.should_save:
             with _writing(output_dir):

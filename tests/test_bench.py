@@ -149,6 +149,17 @@ def test_what_has_moved():
     assert [r.name for r in found.only_before] == ["gone"] and [r.name for r in found.only_after] == ["new"]
 
 
+def test_what_did_other_work_is_not_compared():
+    work = {"prompt_tokens": 128, "dtype": "bfloat16"}
+    before = parsed(record("a", **work, peak_memory=1), record("b", **work), record("c"))
+    after = parsed(
+        record("a", 2.0, **work, peak_memory=2), record("b", 2.0, **work | {"prompt_tokens": 64}), record("c", B=1)
+    )
+    found = compare(before, after)
+    assert [change.record.name for change in found.changes] == ["a"]
+    assert found.other_work == ["b: prompt_tokens 128 and 64", "c: B not recorded and 1"]
+
+
 # Fits
 
 
@@ -372,6 +383,14 @@ def test_comparing(tmp_path, capsys):
     assert cli.main(["bench", "--compare", a, slower]) == 1
     assert "1.500 (1.500 to 1.500)" in capsys.readouterr().out
     assert cli.main(["bench", "--compare", slower, a]) == 0
+    other, gpu = file(tmp_path, "d.json", record("one", B=4)), file(tmp_path, "e.json", record("one", B=4), gpu="H100")
+    capsys.readouterr()
+    assert cli.main(["bench", "--compare", a, other]) == 0
+    shown = capsys.readouterr().out
+    assert "Not compared, for they did other work:\n  one: B not recorded and 4" in shown and "0 same" in shown
+    assert "Record" not in shown, "a table without rows"
+    assert cli.main(["bench", "--compare", other, gpu]) == 0
+    assert "the machines differ: gpu not recorded and 'H100'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dive_fast import cli
-from dive_fast.bench import drawing
+from dive_fast.bench import drawing, scaling_plots
 from dive_fast.bench.chapters import CHAPTERS
 from dive_fast.bench.group_tables import GROUPS, fit_table, group_table, left_out, noise_note
 from dive_fast.bench.results import parse_results
@@ -191,6 +191,20 @@ def test_the_laws_are_those_that_the_times_follow():
     assert proportional[3].startswith("1.00 (") and proportional[4] == proportional[7] == "1.000"
     affine = rows["loss, forward and backward : rows that count", "eager"]
     assert affine[5].startswith("5.00 ms (") and affine[6].startswith("800 µs (") and "a row" in affine[6]
+
+
+def test_times_of_two_machines_are_two_curves():
+    """Through both goes no law: the second machine takes a thousandth, at other sizes."""
+    sizes = (256, 1024, 4096)
+    slow = parse_results(content(*(scaling("loss rows", n, dive_fast=n) for n in sizes)), "a.json")
+    quick = (scaling("loss rows", 4 * n, dive_fast=n / 250) for n in sizes)
+    quick = parse_results(content(*quick, gpu="An H100"), "b.json")
+    rows = {row[1]: row for row in fit_table([*slow.records, *quick.records]).rows}
+    assert list(rows) == ["ours, Example CPU, 2 cores", "ours, An H100"]
+    assert all(row[3].startswith("1.00 (") and row[4] == "1.000" for row in rows.values())
+    records = [*slow.records, *quick.records]
+    for figure in (scaling_plots.times(records), scaling_plots.memory(records)):
+        assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == list(rows)
 
 
 def test_noise_is_said():

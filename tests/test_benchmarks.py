@@ -1,8 +1,6 @@
 """The benchmark suite runs at smoke scale, skips what is missing with a reason, and times nothing that is wrong."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -10,18 +8,15 @@ from typing import NamedTuple
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is no part of the installed package
 
-from benchmarks import loss_peers, measure  # noqa: E402
-from benchmarks.gpu_findings import NO_TIME  # noqa: E402
+from benchmarks import loss_peers  # noqa: E402
 from benchmarks.loss_problems import TOLERANCES, Problem, errors, prepare, step  # noqa: E402
 from dive_fast import cli  # noqa: E402
 from dive_fast.bench.group_tables import GROUPS  # noqa: E402
 from dive_fast.ops.linear_cross_entropy import spec  # noqa: E402
+from tests.benchmark_runs import ROOT, SUITE_SECONDS, run, run_suite  # noqa: E402
 
-# What shares its cores with others takes a multiple of the suite's minute.
-SUITE_SECONDS = 900
 pytestmark = pytest.mark.timeout(SUITE_SECONDS + 60)
 KINDS = {
     "mean": {"options": {"reduction": "mean"}, "weighted": False},
@@ -34,17 +29,6 @@ KINDS = {
 
 def problem(kind: str, dtype: torch.dtype) -> Problem:
     return Problem(spec.Case(kind, 24, 16, 72, dtype, ignored=0.4, **KINDS[kind]), "cpu")
-
-
-def run(*command: str, **variables: str) -> subprocess.CompletedProcess:
-    # Triton's interpreter is for tests; a benchmark measures compiled kernels.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SUITE_SECONDS)
-
-
-def run_suite(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    command = (sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-p", "no:cacheprovider")
-    return run(*command, *arguments, **variables)
 
 
 class Smoke(NamedTuple):
@@ -167,54 +151,6 @@ def test_the_gpu_part_says_that_it_is_skipped():
     assert " skipped" in outcome.stdout and " passed" not in outcome.stdout and "no CUDA device" in outcome.stdout
 
 
-def test_what_is_left_when_the_time_is_up_says_so():
-    outcome = run_suite("--scale", "smoke", "--deadline", "0", "-k", "test_steer and float32")
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    assert NO_TIME in outcome.stdout and " passed" not in outcome.stdout
-
-
-def test_results_are_written_as_they_come(tmp_path):
-    """So that a benchmark that takes its process with it costs no figures but its own."""
-    plugin = tmp_path / "dies.py"
-    plugin.write_text("import os\ndef pytest_runtest_protocol(item, nextitem):\n    if nextitem is None: os._exit(7)\n")
-    results = tmp_path / "results.json"
-    chosen = "test_steer and float32 and reference"
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    outcome = run_suite("--scale", "smoke", "-p", "dies", "-k", chosen, "--results", str(results), PYTHONPATH=path)
-    assert outcome.returncode == 7
-    assert len(json.loads(results.read_text())["records"]) == 1
-
-
-@pytest.mark.parametrize("chosen", ["test_steer and float32 and reference", "test_loss and cpu and reference and mean"])
-def test_times_are_taken_by_the_clock_of_the_device(tmp_path, chosen):
-    """A GPU's clock that is not asked for leaves the host's, which sees launches alone."""
-    (tmp_path / "clocked.py").write_text(
-        "from benchmarks import measure\n"
-        "class Clock:\n"
-        "    __name__, now = 'a thousand seconds a reading', 0.0\n"
-        "    def __call__(self):\n"
-        "        Clock.now += 1000.0\n"
-        "        return Clock.now\n"
-        "measure.clock = lambda device: Clock()\n"
-    )
-    path, results = os.pathsep.join([str(ROOT), str(tmp_path)]), tmp_path / "results.json"
-    outcome = run_suite(
-        "--scale",
-        "smoke",
-        "-p",
-        "clocked",
-        "-k",
-        f"{chosen} and not ratios",
-        "--results",
-        str(results),
-        PYTHONPATH=path,
-    )
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    records = json.loads(results.read_text())["records"]
-    assert records and {record["seconds"]["median"] for record in records} == {1000.0}
-    assert all(record["group"].startswith(("steer-op", "loss ")) for record in records)
-
-
 def test_decoding_is_measured(smoke):
     assert "llama.cpp Q4_1: there is no GGUF" in smoke.output
     for record in smoke.of("decode tiny-float32-B2"):
@@ -248,20 +184,20 @@ def test_the_bytes_of_a_step_are_those_of_its_parts():
     assert ours.cache == theirs.cache == 2 * 2 * 2 * 16 * 4 * 2 * 6.5
 
 
-def decode_problem():
+def decode_problem(dtype=torch.float32):
     from benchmarks.decode_problems import Problem as DecodeProblem
 
-    return DecodeProblem("tiny", 2, torch.float32, prompt_tokens=5, new_tokens=4)
+    return DecodeProblem("tiny", 2, dtype, prompt_tokens=5, new_tokens=4)
 
 
 class FalseDecoding:
     """Decodes rightly, then changes a token or the logits."""
 
-    def __init__(self, change_tokens=lambda tokens: tokens, change_logits=lambda logits: logits):
+    def __init__(self, dtype, change_tokens=lambda tokens: tokens, change_logits=lambda logits: logits):
         from benchmarks import decode_peers
         from benchmarks.decode_problems import UNSTEERED
 
-        self.right = decode_peers.Native(decode_problem(), UNSTEERED)
+        self.right = decode_peers.Native(decode_problem(dtype), UNSTEERED)
         self.prepare, self.change_tokens, self.change_logits = self.right.prepare, change_tokens, change_logits
 
     def __call__(self):
@@ -271,11 +207,14 @@ class FalseDecoding:
         return self.change_logits(self.right.logits(forced))
 
 
+OTHER_TOKENS = {"change_tokens": lambda tokens: [[(token + 1) % 300 for token in row] for row in tokens]}
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         ({}, None),
-        ({"change_tokens": lambda tokens: [[(token + 1) % 300 for token in row] for row in tokens]}, "falls short"),
+        (OTHER_TOKENS, "falls short"),
         ({"change_tokens": lambda tokens: [row[:-1] for row in tokens]}, "tokens"),
         ({"change_logits": lambda logits: logits * 1.001}, "wrong by"),
         ({"change_logits": lambda logits: logits * torch.nan}, "wrong by"),
@@ -285,10 +224,22 @@ def test_wrong_decoding_is_not_timed(changes, complaint):
     from benchmarks.decode_problems import UNSTEERED, check
 
     if complaint is None:
-        check(FalseDecoding(), False, decode_problem(), UNSTEERED)
+        check(FalseDecoding(torch.float32), False, decode_problem(), UNSTEERED)
         return
     with pytest.raises(AssertionError, match=complaint):
-        check(FalseDecoding(**changes), False, decode_problem(), UNSTEERED)
+        check(FalseDecoding(torch.float32, **changes), False, decode_problem(), UNSTEERED)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "approximate"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)]
+)
+def test_wrong_tokens_beside_right_logits_are_not_timed(dtype, approximate):
+    """The logits are of one pass: a run whose cache is wrong takes wrong tokens, and its logits are right."""
+    from benchmarks.decode_problems import UNSTEERED, check
+
+    check(FalseDecoding(dtype), approximate, decode_problem(dtype), UNSTEERED)
+    with pytest.raises(AssertionError, match="falls short"):
+        check(FalseDecoding(dtype, **OTHER_TOKENS), approximate, decode_problem(dtype), UNSTEERED)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
@@ -341,121 +292,3 @@ def test_a_wrong_implementation_is_not_timed(wrong):
     run = step(lambda inputs: wrong(loss_peers.eager(inputs)), prepare(wanted).inputs)
     with pytest.raises(AssertionError, match="false is wrong by"):
         measured_and_checked(run, false_peer, wanted)
-
-
-def test_drift_cancels_in_a_ratio_of_pairs():
-    drift = [1.0, 2.0, 4.0, 8.0, 16.0]
-    ratio = measure.ratio([0.5 * x for x in drift], drift)
-    assert ratio == (0.5, 0.5, 0.5, 5)
-    noisy = measure.ratio([1.0, 1.1, 0.9, 1.2, 1.05], [1.0] * 5)
-    assert noisy.median == pytest.approx(1.05)
-    assert 0.9 <= noisy.low < 1.05 < noisy.high <= 1.2
-
-
-def test_paired_runs_take_turns():
-    calls = []
-
-    class Fixture:
-        stats = None
-
-        def pedantic(self, function, setup, rounds):
-            for _ in range(rounds):
-                setup()
-                function()
-
-    scale = measure.Scale(0.0, 3, 3, 60.0)
-    others = {"b": lambda: calls.append("b"), "c": lambda: calls.append("c")}
-    measure.paired(Fixture(), lambda: calls.append("a"), others, "cpu", scale)
-    assert "".join(calls) == "abc" + "bca" * 3
-
-
-def test_preparations_are_not_timed():
-    calls = []
-
-    class Function:
-        def prepare(self):
-            calls.append("prepare")
-
-        def __call__(self):
-            calls.append("run")
-
-    class Fixture:
-        stats = None
-
-        def pedantic(self, function, setup, rounds):
-            for _ in range(rounds):
-                setup()
-                calls.append("start")
-                function()
-
-    measure.paired(Fixture(), Function(), {"b": lambda: calls.append("b")}, "cpu", measure.Scale(0.0, 2, 2, 60.0))
-    assert calls == ["prepare", "run", "b"] + ["prepare", "b", "start", "run"] * 2
-
-
-def test_peak_memory_sees_what_was_freed_again():
-    def step():
-        torch.ones(16 * 2**20)
-        return (torch.ones(2**20),)
-
-    memory, _ = measure.peak_memory(step, "cpu")
-    assert 63 <= memory.peak / 2**20 < 80  # the kernel counts pages in batches
-    assert memory.kept < 8 * 2**20
-
-
-def test_patience_limits_the_rounds():
-    quick, slow = measure.Scale(0.0, 5, 30, 60.0), measure.Scale(0.0, 5, 30, 1e-9)
-    assert measure.rounds([lambda: None], "cpu", quick) == 5
-    assert measure.rounds([lambda: None], "cpu", slow) == 2
-
-
-def test_an_event_clock_waits_only_at_the_end(monkeypatch):
-    log = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            log.append("record")
-
-        def synchronize(self):
-            log.append("wait")
-
-        def elapsed_time(self, end):
-            return 250.0
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    clock = measure.EventClock()
-    for _ in range(2):
-        start = clock()
-        assert clock() - start == pytest.approx(0.25)
-    assert log == ["record", "record", "wait"] * 2
-
-
-FAILS_IN_A_ROUND = """
-import sys, pytest
-from benchmarks import loss_peers
-
-calls = []
-
-def fails(inputs):
-    calls.append(inputs)
-    if len(calls) > 3:  # checked, warmed up, and one round
-        raise RuntimeError("in a timed round")
-    return loss_peers.eager(inputs)
-
-change = lambda peer: peer._replace(make=lambda: fails) if peer.name == "eager valid rows" else peer
-loss_peers.PEERS = tuple(map(change, loss_peers.PEERS))
-files = "benchmarks/test_loss.py::test_loss_ratios", "benchmarks/test_decode_kernels.py"
-chosen = "-k", "cpu-smoke or bfloat16-K64-B1", "--benchmark-only", "--scale", "smoke"
-sys.exit(pytest.main([*files, *chosen, "--results", sys.argv[1]]))
-"""
-
-
-def test_a_test_that_fails_in_a_round_costs_no_other_its_record(tmp_path):
-    done = run(sys.executable, "-c", FAILS_IN_A_ROUND, str(tmp_path / "results.json"))
-    assert done.returncode == 1 and "1 failed" in done.stdout and "error" not in done.stdout.splitlines()[-1], (
-        done.stdout
-    )
-    records = json.loads((tmp_path / "results.json").read_text())["records"]
-    assert records and "loss ratios" not in {record["group"] for record in records}

@@ -162,6 +162,9 @@ def test_tag_shows_what_tokens_weigh(monkeypatch, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "a decisive token weighs 4, the end of the report 2" in shown
     assert "carry 50% of the weight (25% of the tokens), the end 25%" in shown
+    assert cli.main([*argv, "--pathology-weight", "-3"]) == 2
+    found = capsys.readouterr()
+    assert "pathology_weight: expected a" in found.err and not found.out
 
 
 @pytest.mark.parametrize(

@@ -203,9 +203,16 @@ def test_generate_takes_data_options(generation, data, tmp_path, capsys):
         (["--data", "DATA"], "--output: expected a file"),
         (["--data", "DATA", "--output", "p.jsonl", "--batch-size", "0"], "--batch-size"),
         (["--data", "DATA", "--output", "."], "is a folder"),
+        (["--data", "DATA", "--output", "p.jsonl", "--seed", "-1"], "--seed: expected a whole number >= 0, got -1"),
+        (
+            ["--data", "DATA", "--output", "p.jsonl", "--shard-size", "4"],
+            "--shard-size: means nothing without",
+        ),
+        (["--data", "DATA", "--output", "p.jsonl", "--worker-gpus", "1"], "--worker-gpus: means nothing without"),
         (["--data", "DATA", "--output", "p.jsonl", "--image", "x.png"], "--image"),
         (["--data", "opn_i", "--output", "p.jsonl"], "open_i"),
         (["--prompt", "x", "--output", "p.jsonl"], "--prompt"),
+        (["--prompt", "x", "--limit", "0"], "--prompt: takes no data options, --limit"),
     ],
 )
 def test_generate_refuses(generation, data, capsys, monkeypatch, argv, words):

@@ -118,6 +118,17 @@ def test_a_run_that_saved_something_keeps_its_settings(training, data, tmp_path,
     assert (output / "run.yaml").is_file()
 
 
+def test_a_refused_resume_leaves_no_settings_beside_the_run_of_others(training, data, tmp_path):
+    """They would be taken for that run's: `generate --adapter` reads the model's name there."""
+    output = tmp_path / "theirs"
+    output.mkdir()
+    for name in ("dive_setup.json", "adapter_config.json"):
+        (output / name).write_text("{}")
+    training.outcome = InputError("resume: the run had other settings")
+    assert cli.main(["train", f"data={data}", "model=other", "--output", str(output), "--resume"]) == 2
+    assert sorted(path.name for path in output.iterdir()) == ["adapter_config.json", "dive_setup.json"]
+
+
 def test_interrupted_training_says_where_it_is_saved(training, data, tmp_path, capsys):
     training.outcome = KeyboardInterrupt()
     training.outcome.saved_to = tmp_path / "new" / "checkpoint-3"

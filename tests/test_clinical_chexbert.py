@@ -187,6 +187,8 @@ def test_the_public_way_wants_the_published_size(small):
 def test_what_is_not_there_is_named(small, tmp_path):
     with pytest.raises(InputError, match="chexbert.pth is missing; expected the path of chexbert.pth, or a hub id"):
         labeler(small, tmp_path)
+    with pytest.raises(InputError, match="weights: nowhere/chexbert.pth is missing"):
+        labeler(small, "nowhere/chexbert.pth")  # of the form of a hub id
     with pytest.raises(InputError, match="tokenizer: 'nowhere' cannot be loaded .* of bert-base-uncased"):
         score(weights=str(small.folder), tokenizer="nowhere")
     with pytest.raises(InputError, match="tokenizer: 'bert-base-uncased' cannot be loaded"):

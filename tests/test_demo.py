@@ -23,6 +23,14 @@ def test_a_budget_below_one_is_refused_and_nothing_is_written(name, value, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range_is_refused_at_once(seed, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "_load", lambda *_: pytest.fail("the demo went on"))
+    with pytest.raises(InputError, match=f"seed: expected a whole number from 0 to .*, got {seed}"):
+        demo.main(tmp_path / "out", seed=seed)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_another_run_is_refused_before_anything_is_scored(tmp_path, monkeypatch):
     model = SimpleNamespace(dtype=torch.bfloat16)
     monkeypatch.setattr(demo, "_load", lambda *_: SimpleNamespace(model=model))

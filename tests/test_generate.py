@@ -200,6 +200,12 @@ def test_bad_input_is_refused_by_name(inputs, options, message):
         dive_fast.generate(steered(), inputs, processor=tiny_tokenizer(), **options)
 
 
+@pytest.mark.parametrize("model", ["smollm2", None, 5])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(InputError, match=f"model: expected a transformers .* got {type(model).__name__}; .*load"):
+        dive_fast.generate(model, ["a prompt"], processor=tiny_tokenizer())
+
+
 def test_prompts_without_a_processor_are_refused():
     with pytest.raises(InputError, match="processor:"):
         dive_fast.generate(steered(), PROMPTS)

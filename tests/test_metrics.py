@@ -346,6 +346,7 @@ def test_corpus_perplexity_by_hand():
         ([], [], 0, "nll_sums, token_counts"),
         ([1.0], [1, 2], 0, "nll_sums, token_counts"),
         ([1.0, float("nan")], [1, 2], 0, "nll_sums.*entry 1"),
+        ([1.0, -2.0], [1, 2], 0, "nll_sums: expected negative log-likelihoods >= 0, entry 1 is -2; negate it"),
         ([1.0, 2.0], [1, 0], 0, "token_counts.*entry 1"),
         ([1.0], [1], -1, "bootstrap"),
     ],

@@ -71,6 +71,7 @@ BAD_ARGUMENTS = [
     ),
     ({"rows": torch.zeros(2)}, "rows: expected an int64 tensor [N]"),
     ({"rows": [0]}, "rows: expected an int64 tensor [N], got list"),
+    ({"rows": torch.tensor([2, 0, 2])}, "rows: expected every row once, got 2 more than once"),
     ({"rows": torch.tensor([1, 4])}, "rows: expected values in [0, 4), got 4 in row 1"),
     ({"teacher": STATS, "softcap": 5.0}, "because softcap is set"),
     ({"teacher": STATS, "kl_weight": 1.0, "weight": torch.zeros(5, 3, requires_grad=True)}, "head is being trained"),

@@ -412,6 +412,9 @@ def test_sampled_sequences_follow_the_prompt_when_returned_several_times():
     "options, message",
     [
         ({"kind": "loraa"}, "kind: expected one of lowrank"),
+        ({"kind": ["reft"]}, r"kind: expected one of lowrank.*, got \['reft'\]"),
+        ({"normalize_input": "no"}, "normalize_input: expected True, False or None, got 'no'"),
+        ({"preserve_norm": 1}, "preserve_norm: expected True, False or None, got 1"),
         ({"r": 0}, "r: kind='lowrank' needs a rank"),
         ({"r": 2.5}, "r: expected a whole number"),
         ({"kind": "reft", "r": -1}, "r: kind='reft'"),

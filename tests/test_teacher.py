@@ -1,5 +1,7 @@
 """The teacher, its cache, and training on films."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -145,10 +147,30 @@ def test_demonstrations_that_do_not_fit_the_context_are_named():
         TeacherRunner(model, encoder, settings.demonstration_pool(long)).targets(long[0])
 
 
-@pytest.mark.parametrize("options", [{"shots": 0}, {"shots": 1.5}, {"demos": "best"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shots": 0},
+        {"shots": 1.5},
+        {"demos": "best"},
+        {"seed": "a"},
+        {"cache_dir": 5},
+        {"pool": []},
+        {"pool": [{"prompt": "p"}]},
+        {"pool": 5},
+    ],
+)
 def test_bad_teachers_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options))):
         dive_fast.Teacher(**options)
+
+
+def test_a_teacher_takes_its_pool_in_every_form_of_a_data_set(tmp_path):
+    rows = [{"id": record.id, "prompt": record.prompt, "report": record.report} for record in RECORDS]
+    file = tmp_path / "pool.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pools = [dive_fast.Teacher(shots=2, pool=pool).demonstration_pool([]) for pool in (RECORDS, rows, file)]
+    assert len({pool.fingerprint for pool in pools}) == 1
 
 
 def test_padding_with_eos_keeps_the_eos_label():

@@ -115,6 +115,24 @@ def test_a_loaded_adapter_can_be_trained_on(tmp_path):
     assert nll(result.model) < before
 
 
+def test_a_configuration_of_a_finished_adapter_trains_another(tmp_path):
+    """PEFT's saved ones have inference_mode=True, and what it makes of them does not train."""
+    first = run(tmp_path / "first", args=FAST)
+    config = peft.PeftConfig.from_pretrained(first.adapter_dir)
+    assert config.inference_mode
+    result = run(tmp_path / "second", steering=config, args=FAST)
+    assert adapter_bytes(result.adapter_dir) == adapter_bytes(first.adapter_dir)
+    assert config.inference_mode, "the caller's own stays as it is"
+
+
+def test_a_model_card_is_not_written_over(tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "README.md").write_text("my notes")
+    run(tmp_path, args=FAST | SAVING)
+    assert (output / "README.md").read_text() == "my notes"
+
+
 def test_the_same_command_again_keeps_the_best_adapter(tmp_path):
     """Held-out texts of another kind, so that the best step is not the last one."""
     held_out = [Record("e", "Indication: case 1.", "degenerative changes of the thoracic spine.")]

@@ -8,7 +8,7 @@ from accelerate import dispatch_model
 import dive_fast
 from dive_fast.data.record import Record
 from dive_fast.errors import InputError
-from dive_fast.models.tiny import tiny_llama
+from dive_fast.models.tiny import tiny_llama, tiny_tokenizer
 from tests.training_runs import RECORDS, run
 
 
@@ -25,6 +25,17 @@ from tests.training_runs import RECORDS, run
         ({"args": {"per_device_train_batch_size": 1.5}}, "per_device_train_batch_size: expected a whole number"),
         ({"args": {"max_stepz": 3}}, "did you mean 'max_steps'"),
         ({"args": {"learning_rate": "fast"}}, "args:"),
+        ({"args": {"max_steps": 4.5}}, "args: max_steps: expected a whole number, got 4.5"),
+        ({"args": {"bf16": "no"}}, "args: bf16: expected True or False, got 'no'"),
+        ({"args": {"report_to": "wandbb"}}, "args: .*wandbb"),
+        ({"args": {"eval_strategy": "epoch"}}, "args: eval_strategy .* give an eval_dataset"),
+        ({"args": {"resume_from_checkpoint": "x"}}, "resume_from_checkpoint: .* resume=True"),
+        (
+            {"args": {"dataloader_drop_last": True, "per_device_train_batch_size": 32}},
+            "dataloader_drop_last leaves nothing of 24 records, of which 32 make a batch",
+        ),
+        ({"records": 5}, "train_dataset: expected a list of records"),
+        ({"eval_dataset": []}, "eval_dataset: .*at least one record"),
         ({"supervision": dive_fast.Supervision(tagger="disagreement")}, "disagreement"),
         ({"teacher": dive_fast.Teacher(shots=24)}, "shots"),
         ({"records": [Record("long", "word " * 3000, "r"), *RECORDS]}, "long"),
@@ -35,6 +46,19 @@ def test_bad_input_is_refused_by_name(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         run(tmp_path, **change)
     assert not list((tmp_path / "run").glob("adapter*"))
+
+
+@pytest.mark.parametrize("output_dir", ["", None, 5])
+def test_training_writes_to_a_folder_that_is_named(tmp_path, monkeypatch, output_dir):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="output_dir: expected the folder to write to, got"):
+        dive_fast.train(tiny_llama(), RECORDS, output_dir, processor=tiny_tokenizer())
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_of_another_type_are_refused(tmp_path):
+    with pytest.raises(InputError, match="args: expected DiveTrainingArguments or a dict of them, got int"):
+        dive_fast.train(tiny_llama(), RECORDS, tmp_path / "run", processor=tiny_tokenizer(), args=5)
 
 
 @pytest.mark.parametrize("name", ["pathology_weight", "eos_weight", "kl_weight", "align_weight"])

@@ -1,12 +1,13 @@
 """Two results files, record by record: what became slower or faster, and what is only noise.
 
+Compared is what has one name and did one work: other tokens, rows or dtypes under the same name are listed apart.
 A record has moved if the 95 % intervals of its two medians do not overlap and the medians differ by more than 3 %.
 Both conditions are needed: the first is about the rounds of each run alone, and a machine that others share, or that is
 warmer than an hour ago, moves everything by a percent or two.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dive_fast.bench.noise import ratio_of_medians
@@ -16,7 +17,13 @@ from dive_fast.errors import InputError
 LEAST_CHANGE = 0.03
 RULE = f"the 95 % intervals of the medians do not overlap, and they differ by more than {LEAST_CHANGE:.0%}"
 # What tells two machines apart; versions and commit may differ, they are what is compared.
-MACHINE = ("processor", "gpu", "threads", "affinity", "governor")
+MACHINE = ("processor", "kernel level", "gpu", "threads", "affinity", "governor")
+# What a record says of its work, as against what was found.
+WORK = (
+    *("device", "dtype", "backbone", "implementation", "steering", "reduction", "weighted", "threads"),
+    *("B", "T", "N", "D", "V", "r", "K", "size", "prompt_tokens", "new_tokens", "max_new_tokens", "tokens", "targets"),
+    *("reports", "held_out", "documents", "batch", "steps", "resamples", "parameters"),
+)
 
 
 class Change(NamedTuple):
@@ -36,12 +43,13 @@ class Change(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Changes by size, the largest first; records that only one file has; how the machines differ."""
+    """Changes by size, the largest first; records that one file has; how the machines differ; what did other work."""
 
     changes: Sequence[Change]
     only_before: Sequence[Record]
     only_after: Sequence[Record]
     machines: Sequence[str]
+    other_work: Sequence[str]
 
     @property
     def slower(self) -> list[Change]:
@@ -65,14 +73,16 @@ def compare(before: Results, after: Results) -> Comparison:
         raise InputError(
             f"--compare: {before.source} and {after.source} have no record in common; were they run with the same -k?"
         )
-    changes = [_change(old[key], new[key]) for key in common]
+    other_work = {key: _differences(old[key].values, new[key].values, WORK) for key in common}
+    changes = [_change(old[key], new[key]) for key in common if not other_work[key]]
     # Half the time is as large a change as twice the time.
     changes.sort(key=lambda change: abs(math.log(change.ratio.median)), reverse=True)
     return Comparison(
         changes,
         [record for key, record in old.items() if key not in new],
         [record for key, record in new.items() if key not in old],
-        _differences(before, after),
+        _differences(before.machine, after.machine, MACHINE),
+        [f"{new[key].name}: {', '.join(found)}" for key, found in other_work.items() if found],
     )
 
 
@@ -88,6 +98,10 @@ def _change(before: Record, after: Record) -> Change:
     return Change(after, a, b, ratio, verdict)
 
 
-def _differences(before: Results, after: Results) -> list[str]:
-    pairs = ((label, before.machine.get(label), after.machine.get(label)) for label in MACHINE)
-    return [f"{label} {a!r} and {b!r}" for label, a, b in pairs if a != b and None not in (a, b)]
+def _differences(before: Mapping, after: Mapping, labels: Sequence[str]) -> list[str]:
+    pairs = ((label, before.get(label), after.get(label)) for label in labels)
+    return [f"{label} {_said(a)} and {_said(b)}" for label, a, b in pairs if a != b]
+
+
+def _said(value) -> str:
+    return "not recorded" if value is None else repr(value)

@@ -246,14 +246,20 @@ AXES: Mapping[str, tuple[str, str, str]] = {
 }
 
 
-def curves(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[float, list[float], Record]]]]:
-    """axis -> system -> (size, seconds of every round, record), by size."""
+def scaling(records: Sequence[Record]) -> list[tuple[Record, str]]:
+    """The records of costs over sizes, each with what goes behind a system's name: its device, if there are several."""
+    found = [record for record in records if record.group == "scaling" and record.get("axis") in AXES]
+    several = len({record.device for record in found}) > 1
+    return [(record, f", {record.device}" if several else "") for record in found]
+
+
+def curves(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[float, list[float]]]]]:
+    """axis -> system -> (size, seconds of every round), by size. What two devices took is no one system's curve."""
     found: dict = {}
-    for record in records:
-        if record.group == "scaling" and record.get("axis") in AXES:
-            systems = found.setdefault(record.get("axis"), {})
-            for name, times in record.get("times").items():
-                systems.setdefault(name, []).append((record.get("size"), times, record))
+    for record, device in scaling(records):
+        systems = found.setdefault(record.get("axis"), {})
+        for name, times in record.get("times").items():
+            systems.setdefault(name + device, []).append((record.get("size"), times))
     for systems in found.values():
         for points in systems.values():
             points.sort(key=lambda point: point[0])
@@ -305,8 +311,9 @@ def target_tables(verdicts: Sequence[Verdict]) -> list[Table]:
             missing.append([v.target.what, v.target.bound])
             continue
         status = v.status if v.clear else f"{v.status}, the interval crosses it"
-        device = v.record.machine.get("gpu") or v.record.machine.get("processor", NONE)
-        found.append([v.target.what, status, device, v.target.bound, f"{spread(v.figure, digits)}{v.target.unit}"])
+        found.append(
+            [v.target.what, status, v.record.device, v.target.bound, f"{spread(v.figure, digits)}{v.target.unit}"]
+        )
     tables = [
         Table("Measured", ["target", "result", "on", "bound", "found (95 % interval)"], found, words=3),
         Table("Not measured", ["target", "bound"], missing),

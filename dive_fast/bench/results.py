@@ -79,6 +79,11 @@ class Record(NamedTuple):
         return _normal_interval(found)
 
     @property
+    def device(self) -> str:
+        """What it was measured on: the GPU where the machine has one, else the processor."""
+        return self.machine.get("gpu") or self.machine.get("processor") or "a machine not recorded"
+
+    @property
     def rounds(self) -> int:
         return self.values["seconds"]["rounds"]
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from dive_fast.bench.drawing import Look, figure, legend, log_axes, looks, point
 from dive_fast.bench.fits import line
-from dive_fast.bench.group_tables import AXES, curves
+from dive_fast.bench.group_tables import AXES, curves, scaling
 from dive_fast.bench.results import Interval, Record
 
 PER_ROW = 2
@@ -22,15 +22,15 @@ def times(records: Sequence[Record]):
     fig, axes = _panels("Time against size", used, len(found))
     for axis, (name, lines) in zip(axes, found.items(), strict=False):
         systems = looks(lines)
-        sizes = sorted({size for points in lines.values() for size, _, _ in points})
+        sizes = sorted({size for points in lines.values() for size, _ in points})
         for system, points in lines.items():
-            for size, seconds, _ in points:
+            for size, seconds in points:
                 # All rounds: they are few.
                 spread = Interval(*(1e3 * float(x) for x in (np.median(seconds), min(seconds), max(seconds))))
                 point(axis, size, spread, systems[system])
-            law = line([size for size, _, _ in points], [seconds for _, seconds, _ in points])
+            law = line([size for size, _ in points], [seconds for _, seconds in points])
             if law is not None:
-                dense = np.geomspace(sizes[0], sizes[-1], 50)
+                dense = np.geomspace(points[0][0], points[-1][0], 50)
                 drawn = [(x, 1e3 * law.at(x)) for x in dense if law.at(x) > 0]
                 axis.plot(*zip(*drawn, strict=True), color=systems[system].colour, linewidth=1.1, zorder=2)
         _finish(axis, name, sizes, "milliseconds", systems)
@@ -40,14 +40,14 @@ def times(records: Sequence[Record]):
 def memory(records: Sequence[Record]):
     """One panel an axis whose records hold peak memory."""
     found: dict[str, dict[str, list[tuple[int, int]]]] = {}
-    used = [r for r in records if r.group == "scaling" and r.get("peak_memory")]
-    for r in used:
+    used = [(r, device) for r, device in scaling(records) if r.get("peak_memory")]
+    for r, device in used:
         for name, count in r.get("peak_memory").items():
             if count > 0:
-                found.setdefault(r.get("axis"), {}).setdefault(name, []).append((r.get("size"), count))
+                found.setdefault(r.get("axis"), {}).setdefault(name + device, []).append((r.get("size"), count))
     if not found:
         return None
-    fig, axes = _panels("Peak memory against size, above the level before", used, len(found))
+    fig, axes = _panels("Peak memory against size, above the level before", [r for r, _ in used], len(found))
     for axis, (name, lines) in zip(axes, found.items(), strict=False):
         systems = looks(lines)
         for system, points in lines.items():

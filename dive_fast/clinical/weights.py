@@ -15,11 +15,13 @@ RRG_SCORERS = "StanfordAIMI/RRG_scorers"
 
 # A hub id is owner/name; anything longer, or with a leading dot or tilde, can only be meant as a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
+# What a repository holds, and is never called.
+_FILES = (".pth", ".pt", ".th", ".gz", ".safetensors")
 
 
 def is_hub_id(weights: str) -> bool:
-    """Whether `weights` names a hub repository; what exists on this machine does not."""
-    return bool(_HUB_ID.fullmatch(weights)) and not Path(weights).exists()
+    """Whether `weights` names a hub repository; what exists on this machine does not, nor does a file of weights."""
+    return bool(_HUB_ID.fullmatch(weights)) and not weights.endswith(_FILES) and not Path(weights).exists()
 
 
 def download(repository: str, filename: str) -> Path:

@@ -86,12 +86,15 @@ def load_data(name: str, *, limit: int | None = None, **options) -> Sequence[Rec
     return records if "limit" in options or limit is None else Records(records[:limit])
 
 
-def to_records(dataset) -> list[Record]:
+def to_records(dataset, argument: str = "dataset") -> list[Record]:
     """Checked records from records, dicts, a `datasets.Dataset`, or the path of a .jsonl, .json or .csv file.
 
     Dicts and data set rows have the columns `load_json_lines` reads by default: report, prompt or indication, image,
     id. The images of a `datasets.Dataset` stay in its files until a batch asks for them; its texts are held in memory.
     Rows of any other kind are held as they come.
+
+    Args:
+        argument: what messages call it.
 
     Raises:
         InputError: another type, no records, or whatever `load_json_lines` refuses in a row.
@@ -100,17 +103,17 @@ def to_records(dataset) -> list[Record]:
         return load_json_lines(dataset)
     if isinstance(dataset, Mapping):
         parts = ", ".join(map(str, dataset))
-        raise InputError(f"dataset: expected one list of records, got a mapping of {parts}; choose one part")
+        raise InputError(f"{argument}: expected one list of records, got a mapping of {parts}; choose one part")
     if isinstance(dataset, Record) or not hasattr(dataset, "__iter__"):
         got = type(dataset).__name__
-        raise InputError(f"dataset: expected a list of records or dicts, a Dataset or a path, got {got}")
+        raise InputError(f"{argument}: expected a list of records or dicts, a Dataset or a path, got {got}")
     columns = {"report": "report", "prompt": "prompt", "images": "image", "id": "id"}
     # Where the package has not been imported, nothing can be one of its data sets.
     datasets = sys.modules.get("datasets")
     if datasets is not None and isinstance(dataset, getattr(datasets, "Dataset", ())):
-        return rows_to_records(dataset_rows(dataset, columns, "dataset"), columns, source="dataset")
+        return rows_to_records(dataset_rows(dataset, columns, argument), columns, source=argument)
     rows = list(dataset)
     if rows and isinstance(rows[0], Record):
-        check_records(rows, "dataset")
+        check_records(rows, argument)
         return rows
-    return rows_to_records(enumerate(rows), columns, source="dataset")
+    return rows_to_records(enumerate(rows), columns, source=argument)

@@ -122,6 +122,11 @@ def generate(
         InputError: an argument out of range; a prompt that leaves no room for `max_new_tokens` in the model's context;
             prompts without a processor; engine="native" for what that engine cannot run, with the reason.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model: expected a transformers or PEFT model, got {type(model).__name__}; "
+            "dive_fast.models.backbone.load_backbone loads one by its name, dive_fast.load one with an adapter"
+        )
     if engine not in (None, *ENGINES):
         raise InputError(f"engine: expected None or {', '.join(map(repr, ENGINES))}, got {engine!r}")
     options = Options(

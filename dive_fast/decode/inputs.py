@@ -77,7 +77,7 @@ def _check_text(record: Record, demonstrations: Sequence[Record], encoder: Repor
 def _prompt_records(inputs) -> list[Record]:
     inputs = [inputs] if isinstance(inputs, str | Record) else inputs
     if not isinstance(inputs, Sequence):
-        return to_records(inputs)
+        return to_records(inputs, "inputs")
     if not len(inputs):
         raise InputError("inputs: nothing to generate from, the list is empty")
     for index, item in enumerate(inputs):

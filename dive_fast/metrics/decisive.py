@@ -18,13 +18,13 @@ import numpy as np
 
 from dive_fast.errors import InputError
 from dive_fast.metrics.metric import Documents, Measurement, Metric, ratio
-from dive_fast.supervision.tagger import Tagger
+from dive_fast.supervision.tagger import Tagger, checked
 
 KEYS = ("decisive_precision", "decisive_recall", "decisive_f1")
 
 
 def measure(documents: Documents) -> Measurement:
-    """Raises InputError when the tagger does not return (start, end, class) items."""
+    """Raises InputError when the tagger does not return (start, end, class) items within the text."""
     if read_ahead := getattr(documents.tagger, "read_ahead", None):
         # A tagger that runs a model is quicker with many texts than with one.
         read_ahead([*documents.predictions, *documents.references])
@@ -46,11 +46,12 @@ def measure(documents: Documents) -> Measurement:
 def classes(tagger: Tagger, text: str, name: str) -> set[str]:
     """The classes `tagger` finds in `text`, written "Label/polarity"."""
     try:
-        return {class_name(label) for _, _, label in tagger(text)}
+        found = list(tagger(text))
     except (TypeError, ValueError) as error:
         raise InputError(
             f"tagger: expected text -> [(start, end, class), ...], but {name} failed or gave something else: {error}"
         ) from error
+    return {class_name(span.label) for span in checked(found, text, f"tagger: {name}")}
 
 
 def class_name(label: Hashable) -> str:

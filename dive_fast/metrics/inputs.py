@@ -137,10 +137,10 @@ def checked_finish_reasons(finish_reasons, n: int) -> list[str]:
     reasons = as_list("finish_reasons", finish_reasons)
     if len(reasons) != n:
         raise InputError(f"finish_reasons: expected one for each of the {n} documents, got {len(reasons)}")
-    unknown = next((reason for reason in reasons if reason not in FINISH_REASONS), None)
-    if unknown is not None:
-        expected = ", ".join(map(repr, FINISH_REASONS[:-1]))
-        raise InputError(f"finish_reasons: expected {expected} or {FINISH_REASONS[-1]!r}, got {unknown!r}")
+    for reason in reasons:
+        if reason not in FINISH_REASONS:
+            expected = ", ".join(map(repr, FINISH_REASONS[:-1]))
+            raise InputError(f"finish_reasons: expected {expected} or {FINISH_REASONS[-1]!r}, got {reason!r}")
     return reasons
 
 

@@ -46,6 +46,12 @@ def likelihood_statistics(nll_sums: Sequence[float], token_counts: Sequence[int]
         )
     if not np.isfinite(nll).all():
         raise InputError(f"nll_sums: expected finite numbers, entry {int(np.argmin(np.isfinite(nll)))} is not")
+    # Probabilities of 1 round to either side of 0.
+    if not (nll >= -1e-3 * np.maximum(tokens, 1)).all():
+        index = int(np.argmin(nll))
+        raise InputError(
+            f"nll_sums: expected negative log-likelihoods >= 0, entry {index} is {nll[index]:g}; negate it"
+        )
     if not (tokens >= 1).all():
         index = int(np.argmin(tokens >= 1))
         raise InputError(f"token_counts: expected at least 1, entry {index} is {tokens[index]:g}; leave it out")

@@ -102,6 +102,9 @@ class DiveConfig(PeftConfig):
         _one_of("scope", self.scope, SCOPES)
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
             raise InputError(f"alpha: expected a finite number, got {self.alpha!r}")
+        for name in ("normalize_input", "preserve_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}: expected True, False or None, got {getattr(self, name)!r}")
         if isinstance(self.r, bool) or not isinstance(self.r, int):
             raise InputError(f"r: expected a whole number, got {self.r!r}")
         if kind.has_rank and self.r < 1:
@@ -148,5 +151,5 @@ class DiveConfig(PeftConfig):
 
 
 def _one_of(name: str, value, allowed) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")

@@ -5,8 +5,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from dive_fast.errors import InputError
-from dive_fast.supervision.tagger import POLARITIES, Span
-from dive_fast.supervision.weights import checked, decisive_mask
+from dive_fast.supervision.tagger import POLARITIES, Span, checked
+from dive_fast.supervision.weights import decisive_mask
 
 if TYPE_CHECKING:
     from rich.text import Text

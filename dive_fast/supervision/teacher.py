@@ -7,6 +7,7 @@ N response tokens, D hidden size, K most probable tokens, L layers.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from dive_fast import ops
+from dive_fast.data import to_records
 from dive_fast.data.demonstrations import DemonstrationPool
 from dive_fast.data.encoding import ReportEncoder, append_responses
 from dive_fast.data.record import Record
@@ -40,11 +42,12 @@ class Teacher:
             A record never sees itself, its own report text or its own patient.
         cache_dir: folder for its results, so that later epochs and runs need no teacher pass; None: kept in memory, up
             to `memory_bytes`.
-        pool: records to draw from; None: the training set.
+        pool: records to draw from, in every form that `train_dataset` may have; None: the training set.
         seed: of the draw.
 
     Raises:
-        InputError: shots below 1, an unknown `demos`, negative memory_bytes.
+        InputError: shots below 1, an unknown `demos`, negative memory_bytes, a seed or a folder of another type, a pool
+            that holds no records.
     """
 
     shots: int = field(default=8, metadata={"help": "demonstrations in the teacher's context"})
@@ -61,9 +64,16 @@ class Teacher:
             raise InputError(f"memory_bytes: expected a whole number >= 0, got {self.memory_bytes!r}")
         if self.demos not in DEMOS:
             raise InputError(f"demos: expected one of {', '.join(DEMOS)}, got {self.demos!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise InputError(f"seed: expected a whole number, got {self.seed!r}")
+        if self.cache_dir is not None and not isinstance(self.cache_dir, str | os.PathLike):
+            raise InputError(f"cache_dir: expected a folder or None, got {self.cache_dir!r}")
+        if self.pool is not None:
+            self.pool = to_records(self.pool, "pool")
 
     def demonstration_pool(self, train_records: Sequence[Record]) -> DemonstrationPool:
-        return DemonstrationPool(list(self.pool or train_records), self.shots, self.demos, self.seed)
+        pool = train_records if self.pool is None else self.pool
+        return DemonstrationPool(pool, self.shots, self.demos, self.seed)
 
 
 class TeacherTargets(NamedTuple):

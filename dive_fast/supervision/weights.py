@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
 from dive_fast.errors import InputError
-from dive_fast.supervision.tagger import Span, Tagger
+from dive_fast.supervision.tagger import Span, Tagger, checked
 
 
 def checked_spans(tagger: Tagger, text: str) -> list[Span]:
@@ -21,36 +21,6 @@ def checked_spans(tagger: Tagger, text: str) -> list[Span]:
     if not callable(tagger):
         raise InputError(f"tagger: expected a callable text -> [(start, end, class)], got {type(tagger).__name__}")
     return checked(tagger(text), text, f"tagger {getattr(tagger, '__name__', type(tagger).__name__)}")
-
-
-def checked(spans: Iterable, text: str, name: str = "spans") -> list[Span]:
-    """`spans` as sorted `Span`s of `text`; raises InputError, headed by `name`, for one that is not a span of it."""
-    if isinstance(spans, (str, bytes)) or not isinstance(spans, Iterable):
-        raise InputError(f"{name}: expected a sequence of (start, end, class), got {type(spans).__name__}")
-    return sorted((_span(span, text, name) for span in spans), key=operator.itemgetter(0, 1))
-
-
-def _span(span, text: str, name: str) -> Span:
-    if isinstance(span, (str, bytes)) or not isinstance(span, Sequence) or len(span) != 3:
-        raise InputError(f"{name}: expected tuples (start, end, class), got {span!r}")
-    start, end, label = span
-    try:
-        if isinstance(start, bool) or isinstance(end, bool):
-            raise TypeError
-        start, end = operator.index(start), operator.index(end)
-    except TypeError:
-        raise InputError(f"{name}: start and end must be integers (characters of the text), got {span!r}") from None
-    if not 0 <= start < end <= len(text):
-        raise InputError(
-            f"{name}: {span!r} must satisfy 0 <= start < end <= {len(text)}, the length of the text {text[:60]!r}"
-        )
-    try:
-        hash(label)
-    except TypeError:
-        raise InputError(
-            f"{name}: the class of {span!r} must be hashable, such as a string or a tuple of strings"
-        ) from None
-    return Span(start, end, label)
 
 
 def decisive_mask(offsets: Sequence[tuple[int, int]], spans: Iterable[Span]) -> list[bool]:

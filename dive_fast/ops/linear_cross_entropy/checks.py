@@ -155,6 +155,10 @@ def check_values(targets, token_weights, rows, class_weights, teacher, denominat
             raise _wrong_denominator(value)
     if rows is not None:
         _refuse_first((rows < 0) | (rows >= len(targets)), rows, "rows", f"values in [0, {len(targets)})", "flat rows")
+        repeated = torch.bincount(rows, minlength=1) > 1
+        if repeated.any():
+            got = f"{repeated.nonzero()[0].item()} more than once"
+            raise wrong("rows", "every row once", got, "raise its token weight")
     expected = f"values in [0, {vocabulary}) or ignore_index = {ignore_index}"
     remedy = "tokenize with the model's own tokenizer or mark the row with ignore_index"
     _refuse_first(bad_targets(targets, ignore_index, vocabulary), targets, "targets", expected, remedy)
