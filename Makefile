@@ -37,24 +37,21 @@ test: $(STAMP) ## run the tests (PYTEST_ARGS="-k steer" for some of them)
 
 # What memory checkers find ends the program with a report, leaks at its end. One build cannot hold both kinds. Who reads
 # and writes what is the same at every level of instructions, so the thread sanitizer gets the level that compiles fastest.
-# The CUDA kernels' tests have one thread, which plays every thread of a device: nothing there for it.
+# The CUDA kernels' tests play every thread of a device, and tell it of each: it sees where their accesses have no order.
 sanitize: $(if $(shell command -v cmake),,$(STAMP)) ## run the engine's C++ tests under the address, leak, undefined-behaviour and thread sanitizers
 	@command -v $(CMAKE) >/dev/null \
 	|| { echo "make sanitize needs CMake 3.25 or newer: put it on PATH, or make sanitize CMAKE=/path/to/cmake" >&2; exit 1; }
 	@mkdir -p build
 	@set -e; for kind in address,undefined thread; do \
 	  echo "sanitize: $$kind"; \
-	  tests="check_test engine_test"; \
-	  case $$kind in \
-	    thread) portable=ON;; \
-	    *) portable=OFF; tests="cuda_step_test $$tests cuda_on_host_test cuda_sample_test";; \
-	  esac; \
+	  tests="cuda_step_test check_test engine_test cuda_on_host_test cuda_sample_test"; \
+	  case $$kind in thread) portable=ON;; *) portable=OFF;; esac; \
 	  $(CMAKE) -S . -B build/sanitize/$$kind -D DIVE_TESTS=ON -D DIVE_SANITIZE=$$kind -D DIVE_PORTABLE_ONLY=$$portable \
 	    >build/sanitize-$$kind.log \
 	  || { cat build/sanitize-$$kind.log; exit 1; }; \
 	  $(CMAKE) --build build/sanitize/$$kind --parallel $(CORES) --target $$tests >build/sanitize-$$kind.log \
 	  || { cat build/sanitize-$$kind.log; exit 1; }; \
-	  printf '%s\n' $$tests | ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
+	  printf '%s\n' "cuda_step_test 1/2" "cuda_step_test 2/2" $${tests#* } | ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
 	  xargs -P $(CORES) -I TEST sh -c build/sanitize/$$kind/TEST; \
 	done
 

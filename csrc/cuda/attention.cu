@@ -60,12 +60,14 @@ __global__ void __launch_bounds__(kThreads, kHeads > 4 || kCache == DType::kFloa
     if (is_key) prepare_head(a.k + row * E, a.k_norm, cosine, sine, E, 1, block.scratch);
     __syncwarp();
     using Element = typename Own::Element;
-    auto* const to = reinterpret_cast<Element*>(block.table[position / kTile] + (is_key ? a.keys : a.values)) +
-                     (static_cast<std::int64_t>(kv_head) * kTile + position % kTile) * E;
+    // Rows that stand for nothing have no block.
+    std::byte* const slab = part == 0 ? block.table[position / kTile] : nullptr;
+    const std::int64_t place = (static_cast<std::int64_t>(kv_head) * kTile + position % kTile) * E;
+    Element* const to = slab ? reinterpret_cast<Element*>(slab + (is_key ? a.keys : a.values)) + place : nullptr;
     for (int e = lane; e < E; e += kWarp) {
       const Element x = Format<kCache>::narrow(is_key ? block.scratch[e] : a.v[row * E + e]);
       (is_key ? block.fresh_key : block.fresh_value)[e] = x;
-      if (part == 0) to[e] = x;
+      if (to) to[e] = x;
     }
   }
   __syncthreads();

@@ -142,19 +142,21 @@ __device__ __forceinline__ Best best_of_block(Best best, Best* bests) {
 }
 
 // True in all threads of the last block of `count` that come here with the same ticket, which is 0 again afterwards;
-// that block sees what the others wrote before. `shared` is a word of the block's.
+// that block sees what the others wrote before. `shared` is a word of the block's. One thread's fences are enough: the
+// barriers order with them what the others wrote before, and read behind.
 __device__ __forceinline__ bool comes_last(unsigned* ticket, unsigned count, unsigned* shared) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    const unsigned before = atomicAdd(ticket, 1u);
-    if (before == count - 1) *ticket = 0;
-    *shared = before == count - 1;
+    __threadfence();
+    const bool last = atomicAdd(ticket, 1u) == count - 1;
+    if (last) {
+      __threadfence();
+      *ticket = 0;
+    }
+    *shared = last;
   }
   __syncthreads();
-  const bool last = *shared != 0;
-  if (last) __threadfence();
-  return last;
+  return *shared != 0;
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }

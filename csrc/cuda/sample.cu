@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const Advance a) {
       if (a.seen) a.seen[b * a.vocabulary + told.token] = 1;
       bool ended = ++chooser.done == chooser.most;
       for (int i = 0; i < chooser.eos_count; ++i) ended |= chooser.eos[i] == told.token;
-      if (ended) a.state->ended = 1;
+      if (ended) atomicExch(&a.state->ended, 1);  // by several blocks, perhaps
       a.told[static_cast<std::int64_t>(a.state->steps) * a.most_rows + b] = told;
       __threadfence_system();
     }

@@ -78,8 +78,6 @@ class CudaStepper final : public engine::Stepper {
     likeliest_ = DeviceArray<std::int64_t>(max_rows_, what);
     cosine_ = floats(plan.ropes.size() * max_rows_ * half);
     sine_ = floats(plan.ropes.size() * max_rows_ * half);
-    const std::size_t slab = keys * cpu::kCacheBlock * cpu::size_of(dtype_);
-    if (max_rows_ > 1) idle_block_ = DeviceArray<std::byte>(2 * plan.layers.size() * slab, "keys and values");
     upload_ropes();
     if (form == StepForm::kBest) {
       check(blocks_of_arrivals(dtype_, hidden_size(), adapters_.most_rank(), device, &cluster_),
@@ -214,7 +212,7 @@ class CudaStepper final : public engine::Stepper {
       std::byte** const table = staged_blocks_.data() + b * width;
       if (b >= rows.size()) {
         staged_rows_[b] = {0, 0, 0};
-        table[0] = idle_block_.data();
+        table[0] = nullptr;
         continue;
       }
       const StepRow& row = rows[b];
@@ -366,8 +364,7 @@ class CudaStepper final : public engine::Stepper {
   DeviceArray<std::int64_t> likeliest_;
   PinnedArray<float> host_logits_;
   PinnedArray<std::int64_t> host_likeliest_;
-  DeviceArray<std::byte> idle_block_;  // where rows that stand for nothing have their one position
-  DeviceArray<std::byte*> blocks_;     // [B][blocks of the longest row]
+  DeviceArray<std::byte*> blocks_;  // [B][blocks of the longest row]
   PinnedArray<std::byte*> staged_blocks_;
   DeviceArray<std::byte* const*> tables_;  // [B], into blocks_
   int cluster_ = 0;                        // blocks of a cluster, 0 where there are none

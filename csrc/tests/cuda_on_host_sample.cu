@@ -34,9 +34,10 @@ __global__ void __launch_bounds__(128) sum_rows_kernel(const float* __restrict__
   }
 }
 
+template <bool kFences>
 __global__ void sum_all_kernel(const int* x, int* partial, unsigned* ticket, int* sum, int count) {
-  __shared__ int mine[64];
-  __shared__ bool last;
+  int* const mine = dynamic_shared_memory<int>();
+  int& last = mine[64];
   int s = 0;
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) s += x[i];
   mine[threadIdx.x] = s;
@@ -47,16 +48,28 @@ __global__ void sum_all_kernel(const int* x, int* partial, unsigned* ticket, int
   }
   if (threadIdx.x == 0) {
     partial[blockIdx.x] = mine[0];
-    __threadfence();
+    if constexpr (kFences) __threadfence();
     last = atomicAdd(ticket, 1u) == gridDim.x - 1;
   }
   __syncthreads();
   if (!last || threadIdx.x != 0) return;
-  __threadfence();
+  if constexpr (kFences) __threadfence();
   int total = 0;
   for (unsigned b = 0; b < gridDim.x; ++b) total += partial[b];
   *sum = total;
   *ticket = 0;
+}
+
+__global__ void write_early_kernel(int* x) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  x[threadIdx.x] = threadIdx.x;
+}
+
+template <bool kWaits>
+__global__ void read_early_kernel(const int* x, int* out) {
+  if constexpr (kWaits) wait_for_previous_kernel();
+  out[threadIdx.x] = x[blockDim.x - 1 - threadIdx.x];
 }
 
 __global__ void warp_operations_kernel(int* out) {
@@ -165,9 +178,18 @@ cudaError_t sum_rows(const float* x, float* sums, int rows, int columns, bool wi
   return launch(rows, kThreads, kShared, stream, kernel, x, sums, columns);
 }
 
-cudaError_t sum_all(const int* x, int* partial, unsigned* ticket, int* sum, int count, int blocks,
-                    cudaStream_t stream) {
-  return launch(blocks, 64, 0, stream, sum_all_kernel, x, partial, ticket, sum, count);
+cudaError_t sum_all(const int* x, int* partial, unsigned* ticket, int* sum, int count, int blocks, cudaStream_t stream,
+                    bool with_fences) {
+  const auto kernel = with_fences ? sum_all_kernel<true> : sum_all_kernel<false>;
+  return launch(blocks, 64, 65 * sizeof(int), stream, kernel, x, partial, ticket, sum, count);
+}
+
+cudaError_t write_early(int* x, int threads, cudaStream_t stream) {
+  return launch(1, threads, 0, stream, write_early_kernel, x);
+}
+
+cudaError_t read_early(const int* x, int* out, int threads, bool waits, cudaStream_t stream) {
+  return launch(1, threads, 0, stream, waits ? read_early_kernel<true> : read_early_kernel<false>, x, out);
 }
 
 cudaError_t warp_operations(int* out, cudaStream_t stream) {

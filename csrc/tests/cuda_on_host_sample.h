@@ -10,8 +10,15 @@ namespace sample {
 // sums[i] = the sum of row i of x [rows, columns], one block to a row. Without its barrier, wrong now and then.
 cudaError_t sum_rows(const float* x, float* sums, int rows, int columns, bool with_barrier, cudaStream_t stream);
 
-// Whole sum of x in *sum, by the block that finishes last; *ticket must be 0 and is again afterwards.
-cudaError_t sum_all(const int* x, int* partial, unsigned* ticket, int* sum, int count, int blocks, cudaStream_t stream);
+// Whole sum of x in *sum, by the block that finishes last; *ticket must be 0 and is again afterwards. Without its
+// fences that block may see what was there before the others wrote.
+cudaError_t sum_all(const int* x, int* partial, unsigned* ticket, int* sum, int count, int blocks, cudaStream_t stream,
+                    bool with_fences = true);
+
+// x[i] = i, and out[i] = x[threads - 1 - i] by a kernel that may begin before the one before it ends. Both in one
+// graph.
+cudaError_t write_early(int* x, int threads, cudaStream_t stream);
+cudaError_t read_early(const int* x, int* out, int threads, bool waits, cudaStream_t stream);
 
 // One warp: what lane l has of each warp operation on the value l in out[32 * operation + l]; see the test.
 constexpr int kOperations = 12;

@@ -10,8 +10,13 @@
 namespace dive_host_cuda {
 
 // Runs `thread` once for each thread of the grid, `cluster` blocks with neighbouring numbers at a time. For one thread
-// of the host at a time.
-void run_grid(dim3 grid, dim3 block, unsigned cluster, std::size_t shared_bytes, const std::function<void()>& thread);
+// of the host at a time. A kernel that begins `early` is, for the thread sanitizer, not ordered behind the end of the
+// one before it until it waits for that.
+void run_grid(dim3 grid, dim3 block, unsigned cluster, std::size_t shared_bytes, bool early,
+              const std::function<void()>& thread);
+
+// What the host does now happens behind the end of all kernels.
+void settle();
 
 // A number below `count` of the seeded sequence that orders everything.
 std::uint64_t random_below(std::uint64_t count);
@@ -30,6 +35,21 @@ struct Place {
 
 // Lets other threads of the block go first, perhaps.
 void yield();
+
+void wait_for_previous_kernel();
+void let_next_kernel_start();
+
+// A fence orders what comes before it with an atomic behind it, and an atomic before it with what comes behind it. An
+// atomic alone orders nothing.
+void fence();
+void after_atomic(void* address);
+
+// Some copies are there at once and the others when they are waited for, so that it shows if something is read before,
+// and if something still needed is copied over; under the thread sanitizer every one both times.
+using Move = void(void* to, const void* from);
+void copy_ahead(void* to, const void* from, Move* move);
+void end_group_of_copies();
+void wait_for_copies(unsigned left, Move* move);  // but for the last `left` groups that have ended
 
 // Waits for all threads of the block; the number of them for which `predicate` holds.
 unsigned barrier(Place place, bool predicate);

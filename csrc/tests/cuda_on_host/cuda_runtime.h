@@ -6,9 +6,12 @@
 // Modelled
 //   - a block's threads as fibers, one running at a time, the next chosen at random at every __syncthreads, warp
 //     operation, atomic and fence; blocks one after the other in random order. Same seed (dive_host_cuda_seed), same
-//     order. A missing barrier or a dependence on the order of blocks gives wrong results for some seeds, and under
-//     -fsanitize=thread a report of the two accesses, whatever the seed: fibers of a block are ordered by
-//     __syncthreads, __syncwarp and atomics, by no shuffle;
+//     order. A missing barrier or a dependence on the order of blocks gives wrong results for some seeds;
+//   - under -fsanitize=thread, what orders two accesses: __syncthreads, __syncwarp and the cluster's barrier, an atomic
+//     between two fences, the end of a kernel, and for a kernel that begins early wait_for_previous_kernel() behind its
+//     predecessor's let_next_kernel_start(), in a graph. No shuffle, no atomic without fences, and not that two blocks
+//     ran one after the other. Two accesses without an order are reported whatever the seed where they are of one
+//     cluster, and of two for some seeds. Copies into shared memory count twice, when asked for and when waited for;
 //   - clusters of blocks along x, whose threads run together, and reading from each other's dynamic shared memory;
 //   - warp operations as meetings of all 32 lanes, masks full. Barriers and warp operations that not all threads reach
 //     end the program with a message instead of hanging;
@@ -19,10 +22,11 @@
 // Not modelled
 //   - time, and anything happening at the same time: kernels, blocks, streams and copies finish before the call
 //     returns. A block that spins until another writes never ends, nor does a thread that spins on a plain load;
-//   - the memory model beyond that: __threadfence is only a chance to switch, and everything is visible at once;
+//   - the memory model beyond that: everything is visible at once, a fence orders what lies between it and the atomic
+//     as well, and fences are of all scopes;
 //   - two memories: a host pointer given to a kernel works here and nowhere else;
 //   - registers, occupancy, alignment of shared memory beyond 128 bytes, __launch_bounds__, constant memory's size,
-//     the limit on static shared memory, which also keeps its contents from block to block;
+//     the limit on static shared memory, which also keeps its contents from block to block, a race to the sanitizer;
 //   - a capture that forks to a second stream by events, memory nodes, SWITCH nodes, cooperative launches,
 //     warp operations on part of a warp, named barriers, float atomics;
 //   - contraction of a * b + c, approximate functions and subnormals as the device's compiler options treat them;

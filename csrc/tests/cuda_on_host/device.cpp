@@ -85,6 +85,15 @@ cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel) {
   return cudaSuccess;
 }
 
+bool begins_early(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      return attribute.val.programmaticStreamSerializationAllowed != 0;
+  }
+  return false;
+}
+
 unsigned cluster_of(const cudaLaunchConfig_t& config) {
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) return config.attrs[i].val.clusterDim.x;
@@ -112,9 +121,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::fu
   if (const cudaError_t error = check(config, kernel); error != cudaSuccess) return report(error);
   return report(enqueue(config.stream, cudaGraphNodeTypeKernel,
                         [grid = config.gridDim, block = config.blockDim, bytes = config.dynamicSmemBytes,
-                         cluster = cluster_of(config), thread = std::move(thread)] {
+                         cluster = cluster_of(config), early = begins_early(config), thread = std::move(thread)] {
                           ++launches;
-                          run_grid(grid, block, cluster, bytes, thread);
+                          run_grid(grid, block, cluster, bytes, early, thread);
                         }));
 }
 

@@ -129,7 +129,8 @@ DIVE_HOST_CUDA_REDUCE(__reduce_or_sync, unsigned, a | b)
 DIVE_HOST_CUDA_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 #undef DIVE_HOST_CUDA_REDUCE
 
-// Atomics. None of float, on purpose: their sums depend on the order. Another thread may run after each.
+// Atomics. None of float, on purpose: their sums depend on the order. Another thread may run after each. Relaxed, as
+// the device's are.
 namespace dive_host_cuda {
 
 template <class T>
@@ -137,10 +138,10 @@ concept Atomic = std::same_as<T, int> || std::same_as<T, unsigned> || std::same_
 
 template <Atomic T, class Update>
 T atomic(T* address, Update update) {
-  T old = __atomic_load_n(address, __ATOMIC_SEQ_CST);
-  while (!__atomic_compare_exchange_n(address, &old, update(old), false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+  T old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(address, &old, update(old), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
-  yield();
+  after_atomic(address);
   return old;
 }
 
@@ -167,9 +168,9 @@ T atomicCAS(T* address, std::type_identity_t<T> compare, std::type_identity_t<T>
   return dive_host_cuda::atomic(address, [=](T old) { return old == compare ? value : old; });
 }
 
-inline void __threadfence() { dive_host_cuda::yield(); }
-inline void __threadfence_block() { dive_host_cuda::yield(); }
-inline void __threadfence_system() { dive_host_cuda::yield(); }
+inline void __threadfence() { dive_host_cuda::fence(); }
+inline void __threadfence_block() { dive_host_cuda::fence(); }
+inline void __threadfence_system() { dive_host_cuda::fence(); }
 inline void __nanosleep(unsigned) { dive_host_cuda::yield(); }
 
 [[noreturn]] inline void __trap(DIVE_HOST_CUDA_HERE) { dive_host_cuda::fail({"__trap", where}, "the kernel gave up"); }

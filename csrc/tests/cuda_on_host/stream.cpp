@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "block.h"
 #include "state.h"
 
 struct CUgraphNode_st {
@@ -76,6 +77,7 @@ bool invalidate(Predicate predicate) {
 void run(const CUgraph_st& graph);
 
 void run_conditional(const CUgraphNode_st& node) {
+  settle();
   const unsigned& value = conditions[node.handle].value;
   if (node.condition == cudaGraphCondTypeIf) {
     if (value) return run(*node.bodies[0]);
@@ -89,10 +91,14 @@ void run_conditional(const CUgraphNode_st& node) {
   }
 }
 
+// Kernels in a row may begin before the one before them ends, where they ask for that. All else waits.
 void run(const CUgraph_st& graph) {
+  settle();
   for (const auto& node : graph.nodes) {
+    if (node->type != cudaGraphNodeTypeKernel) settle();
     node->type == cudaGraphNodeTypeConditional ? run_conditional(*node) : node->work();
   }
+  settle();
 }
 
 // An executable graph does not change with the one that it was made of.
@@ -150,6 +156,7 @@ cudaError_t enqueue(cudaStream_t stream, cudaGraphNodeType type, std::function<v
   }
   if (!captures(stream)) {
     work();
+    settle();
     return cudaSuccess;
   }
   if (stream->status == cudaStreamCaptureStatusInvalidated) return cudaErrorStreamCaptureInvalidated;

@@ -7,9 +7,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <deque>
-#include <utility>
-#include <vector>
 
 namespace dive::cuda {
 
@@ -63,46 +60,21 @@ inline void mma_f16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint3
 inline uint4 load_streaming(const void* p) { return *static_cast<const uint4*>(p); }
 inline uint4 load_cached(const void* p) { return *static_cast<const uint4*>(p); }
 
-// Some copies are there at once and the others when they are waited for, so that it shows if something is read before,
-// and if something still needed is copied over.
-struct Copies {
-  using Group = std::vector<std::pair<uint4*, const uint4*>>;
-  std::deque<Group> groups{1};  // the last is still open
-
-  // Of the thread; the blocks of a cluster are all that run at a time.
-  static Copies& own() {
-    static std::vector<Copies> of_threads;
-    const std::size_t place = std::size_t{dive_host_cuda::cluster_rank()} * blockDim.x + threadIdx.x;
-    if (place >= of_threads.size()) of_threads.resize(place + 1);
-    return of_threads[place];
-  }
-  void finish(std::size_t left) {
-    for (; groups.size() > left; groups.pop_front()) {
-      for (const auto& [to, from] : groups.front()) *to = *from;
-    }
-  }
-};
-inline void copy_ahead(void* shared, const void* p) {
-  auto* const to = static_cast<uint4*>(shared);
-  const auto* const from = static_cast<const uint4*>(p);
-  if (dive_host_cuda::random_below(2)) {
-    *to = *from;
-  } else {
-    Copies::own().groups.back().emplace_back(to, from);
-  }
-}
-inline void end_group_of_copies() { Copies::own().groups.emplace_back(); }
+// Sixteen bytes.
+inline void move_uint4(void* to, const void* from) { *static_cast<uint4*>(to) = *static_cast<const uint4*>(from); }
+inline void copy_ahead(void* shared, const void* p) { dive_host_cuda::copy_ahead(shared, p, move_uint4); }
+inline void end_group_of_copies() { dive_host_cuda::end_group_of_copies(); }
 template <int kLeft>
 void wait_for_copies() {
-  Copies::own().finish(kLeft + 1);
+  dive_host_cuda::wait_for_copies(kLeft, move_uint4);
 }
 inline void wait_for_copies() {
-  Copies::own().finish(0);
   end_group_of_copies();
+  dive_host_cuda::wait_for_copies(0, move_uint4);
 }
 
-inline void wait_for_previous_kernel() {}
-inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() { dive_host_cuda::wait_for_previous_kernel(); }
+inline void let_next_kernel_start() { dive_host_cuda::let_next_kernel_start(); }
 
 inline unsigned cluster_rank() { return dive_host_cuda::cluster_rank(); }
 inline unsigned cluster_size() { return dive_host_cuda::cluster_size(); }
