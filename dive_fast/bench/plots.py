@@ -16,7 +16,7 @@ from dive_fast.bench.drawing import (
     point,
     rows_of_names,
 )
-from dive_fast.bench.results import Interval, Record
+from dive_fast.bench.results import LEAST_ROUNDS, Interval, Record
 from dive_fast.bench.table import size
 from dive_fast.bench.targets import TARGETS
 from dive_fast.bench.words import decode_words, step_words
@@ -116,7 +116,7 @@ def train_steps(records: Sequence[Record]):
                 point(axis, place + shift, ratio.under(1), look, flat=True)
     axis.axvline(1, color=SOFT, linewidth=1, linestyle="--")
     log_along_x(axis)
-    axis.set_xlabel("times faster (95 % intervals where there are 3 rounds or more)")
+    axis.set_xlabel(f"times faster (95 % intervals where there are {LEAST_ROUNDS} rounds or more)")
     legend(fig, others, loc="outside upper right", ncols=len(others))
     return fig
 

@@ -30,8 +30,9 @@ NEEDED = {
 }
 # A normal sample's median has 1.2533 times the standard error of its mean.
 MEDIAN_ERROR = math.sqrt(math.pi / 2)
-# Fewer rounds say nothing about the spread of their median.
-LEAST_ROUNDS = 3
+# The true median lies between the quickest and the slowest of n rounds with a probability of 1 - 2^(1 - n): with five
+# that is 94 %, with four 88 %, whatever interval is made of them.
+LEAST_ROUNDS = 5
 
 
 class Interval(NamedTuple):
@@ -97,7 +98,7 @@ class Record(NamedTuple):
         return value
 
     def interval(self, *path: str) -> Interval | None:
-        """The figure at a path, with the interval that the file holds there; not one of fewer rounds than three."""
+        """The figure at a path, with the interval that the file holds there, if it is of `LEAST_ROUNDS` or more."""
         value = self.get(*path)
         if value is None or not isinstance(value, Mapping):
             return None if value is None else Interval(value)
