@@ -95,10 +95,11 @@ def look(run: Run, folder: Path, log: Path, deadline: gpu_process.Deadline) -> t
     found = folder / "facts.json"
     command = [sys.executable, "-m", "benchmarks.gpu_device", "facts", str(found)]
     outcome = run(command, seconds=min(FACTS_SECONDS, deadline.left()), log=log, cwd=ROOT)
-    if not found.exists():
+    try:
+        facts = json.loads(found.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # it ended before it wrote, or while it did
         last = gpu_findings.last_line(outcome.output)
-        raise CannotRun(f"{sys.executable} could not say what device there is: {last}")
-    facts = json.loads(found.read_text())
+        raise CannotRun(f"{sys.executable} could not say what device there is: {last}") from None
     if facts["error"]:
         raise CannotRun(f"no usable CUDA device: {facts['error']} (by {sys.executable}; make gpu-check PYTHON=...)")
     if facts["missing"]:

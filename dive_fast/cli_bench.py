@@ -40,6 +40,11 @@ def _run(args: Namespace) -> int:
     status = run_suite(root, output, scale=args.scale, chosen=args.chosen)
     if output.is_file():
         print(f"\nResults in {output}. A page of them: dive-fast bench --report {output}")
+    elif status == 0:
+        print(
+            "dive-fast: nothing was measured: all that was chosen was skipped, for the reasons above", file=sys.stderr
+        )
+        return 1
     return status
 
 

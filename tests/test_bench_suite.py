@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dive_fast import cli
 from dive_fast.bench.suite import run_suite
 from dive_fast.errors import InputError
 
@@ -54,6 +55,19 @@ def test_what_its_end_means(checkout, chosen, status):
 def test_an_expression_that_nothing_matches(checkout):
     with pytest.raises(InputError, match="-k: no benchmark matches 'nothing'"):
         run_suite(checkout, checkout / "results.json", chosen="nothing")
+
+
+@pytest.mark.parametrize(("measured", "status"), [(True, 0), (False, 1)])
+def test_a_run_that_measured_nothing_has_failed(tmp_path, monkeypatch, capsys, measured, status):
+    def run(root, output, **options):
+        if measured:
+            output.write_text("{}")
+        return 0
+
+    monkeypatch.setattr("dive_fast.bench.suite.find_suite", lambda: tmp_path)
+    monkeypatch.setattr("dive_fast.bench.suite.run_suite", run)
+    assert cli.main(["bench", "--output", str(tmp_path / "results.json")]) == status
+    assert ("nothing was measured" in capsys.readouterr().err) == (not measured)
 
 
 def test_ctrl_c_waits_for_the_suite_and_says_where_its_results_are(checkout):

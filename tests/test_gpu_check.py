@@ -200,6 +200,17 @@ def test_it_ends_at_once_where_it_cannot_run(tmp_path, nvcc, capsys, facts, comp
     assert len(machine.commands) == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("left", [None, '{"devi'])
+def test_a_look_that_was_cut_off_is_told(tmp_path, nvcc, capsys, left):
+    def killed(command, *, seconds, log, cwd, env=None):
+        if left:
+            Path(command[-1]).write_text(left)
+        return Outcome(-9, 60.0, True, "importing torch\n")
+
+    assert gpu_check.main(["--out", str(tmp_path / "out")], run=killed) == 2
+    assert "could not say what device there is: importing torch" in capsys.readouterr().err
+
+
 def test_a_missing_compiler_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_parts, "find_nvcc", lambda: None)
     assert gpu_check.main(["--out", str(tmp_path)], run=FakeMachine()) == 2
