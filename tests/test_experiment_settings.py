@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 
+from dive_fast.data.record import Record
 from dive_fast.errors import InputError
 from dive_fast.experiment.inputs import load_experiment_data, training_records
 from dive_fast.experiment.pieces import Folder
@@ -35,6 +36,7 @@ systems:
     training: {learning_rate: 2e-2}
   lora: {kind: lora, lora: {r: 4, target_modules: [q_proj]}, teacher: null}
 """
+POOL = [Record("r1", "Case 1.", "No effusion.")]
 
 
 @pytest.fixture
@@ -66,9 +68,9 @@ def test_rows_get_what_is_shared_and_what_is_their_own(written):
     assert (arguments.max_steps, arguments.learning_rate, arguments.seed, arguments.data_seed) == (5, 2e-2, 3, 3)
     assert lora.training_settings(3, Path("x")).learning_rate == 1e-3
     assert isinstance(lora.adapter_config(), peft.LoraConfig) and lora.adapter_config().target_modules == {"q_proj"}
-    teacher = dive.teacher_settings(3, (), Path("out"))
+    teacher = dive.teacher_settings(3, POOL, Path("out"))
     assert (teacher.shots, teacher.seed, teacher.cache_dir) == (2, 3, "out/teacher-cache")
-    assert lora.teacher_settings(3, (), Path("out")) is None and lora.teacher_pass() is None
+    assert lora.teacher_settings(3, POOL, Path("out")) is None and lora.teacher_pass() is None
     assert config.test == {"name": "json_lines", "path": "test.jsonl", "limit": 6}
 
 
@@ -229,7 +231,7 @@ def test_systems_with_the_same_teacher_share_its_pass(written):
     systems = resolve(config)
     passes = [t.system for t in Folder(Path("out")).tasks(list(systems.values()), config) if t.stage == "teacher"]
     assert passes == ["dive", "b"] and systems["b"].teacher_pass().name == "teacher-2-shot-random-layers"
-    assert systems["c"].teacher_pass() is None and systems["c"].teacher_settings(0, (), Path("out")).cache_dir is None
+    assert systems["c"].teacher_pass() is None and systems["c"].teacher_settings(0, POOL, Path("out")).cache_dir is None
 
 
 def reports(path: Path, texts: list[str], **more) -> Path:
